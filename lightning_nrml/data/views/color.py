@@ -1,0 +1,273 @@
+"""Operations that change values: jitter, greyscale, blur, solarise. Any number of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrml.data.views.base import ViewOp, as_float, on_rows
+from lightning_nrml.data.views.rng import Draws
+
+# ITU-R 601 luma, as Pillow, torchvision and kornia use it
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+def grey_of(image: Tensor) -> Tensor:
+    """``(B, 1, H, W)`` luma of RGB, or the mean of the bands of any other image."""
+    if image.shape[1] != 3:
+        return image.mean(1, keepdim=True)
+    red, green, blue = image[:, 0:1], image[:, 1:2], image[:, 2:3]
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+
+def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of RGB images in HSV space.
+
+    Args:
+        image: ``(B, 3, H, W)`` float in [0, 1].
+        shift: ``(B,)`` in turns (1 = full circle).
+
+    Returns:
+        The same shape; value and saturation of every pixel are kept.
+    """
+    red, green, blue = image.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    inverse = 1.0 / chroma.clamp(min=1e-12)
+    hue = torch.where(
+        value == red,
+        (green - blue) * inverse,
+        torch.where(
+            value == green, (blue - red).mul_(inverse).add_(2.0), (red - green).mul_(inverse).add_(4.0)
+        ),
+    )
+    hue.add_(6.0 * shift[:, None, None])
+    out = torch.empty_like(image)
+    for channel, offset in enumerate((5.0, 3.0, 1.0)):
+        # Travis' closed form: value - chroma * clip(min(k, 4 - k), 0, 1), k = (offset + hue) mod 6
+        k = (hue + offset).remainder_(6.0)
+        k = torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
+        torch.addcmul(value, chroma, k, value=-1.0, out=out[:, channel])
+    return out
+
+
+class ColorJitter(ViewOp):
+    """Random brightness, contrast, saturation and hue, in an order of its own for every sample.
+
+    Each is the blend of torchvision's functions, ``clip(f x + (1 - f) target)`` with target 0, the mean
+    grey level, or the grey image; factors are uniform in [max(0, 1 - a), 1 + a], the hue shift in
+    [-hue, hue] turns. Values are clipped to [0, 1] after each step.
+
+    Images without exactly three channels are jittered band-wise: "grey" is the mean of the bands,
+    and hue becomes a gain of its own for every band, uniform in [1 - hue, 1 + hue]. One channel has no
+    saturation or hue.
+
+    Args:
+        brightness, contrast, saturation: half-width a of the factor's range, >= 0.
+        hue: half-width of the hue shift in turns, in [0, 0.5].
+        p: share of the samples that are jittered.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        p: float = 0.8,
+    ) -> None:
+        super().__init__()
+        if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
+            raise ValueError(
+                f"brightness, contrast and saturation must be >= 0 and hue in [0, 0.5], got "
+                f"{brightness}, {contrast}, {saturation}, {hue}."
+            )
+        self.strength = (brightness, contrast, saturation)
+        self.hue = hue
+        self.p = p
+
+    def forward(self, image: Tensor, draws: Draws) -> Tensor:
+        """Keeps the shape; float32."""
+        applied = draws.happens(self.p)
+        order = draws.uniform(4).argsort(1)
+        factor = torch.cat([draws.uniform(1, max(0.0, 1 - a), 1 + a) for a in self.strength], 1)
+        hue = draws.uniform(max(1, image.shape[1]), -self.hue, self.hue)
+
+        def change(part: Tensor, chosen: Tensor) -> Tensor:
+            return self.jitter(part, order[chosen], factor[chosen], hue[chosen])
+
+        return on_rows(as_float(image), applied, change)
+
+    def jitter(self, image: Tensor, order: Tensor, factor: Tensor, hue: Tensor) -> Tensor:
+        """Apply given parameters.
+
+        Args:
+            image: ``(B, C, H, W)`` float32.
+            order: ``(B, 4)`` int64, which of brightness 0, contrast 1, saturation 2, hue 3 comes when.
+            factor: ``(B, 3)`` blend factors of the first three.
+            hue: ``(B, C)``; RGB uses column 0 as the shift in turns, other images all as band gains - 1.
+        """
+        channels = image.shape[1]
+        for step in order.unbind(1):
+            f = torch.ones_like(factor[:, 0])
+            for kind in range(3):
+                f = torch.where(step == kind, factor[:, kind], f)
+            image = _blend(image, f, 1 - f * (step == 1) - (step != 1), (1 - f) * (step == 2))
+            if self.hue > 0 and channels == 3:
+                image = on_rows(image, step == 3, lambda part, i: shift_hue(part, hue[i, 0].to(part.device)))
+            elif self.hue > 0 and channels > 1:
+                gain = torch.where((step == 3)[:, None], 1 + hue, torch.ones_like(hue))
+                image = (image * gain[:, :, None, None].to(image.device)).clamp_(0.0, 1.0)
+        return image
+
+
+def _blend(image: Tensor, factor: Tensor, to_mean: Tensor, to_grey: Tensor) -> Tensor:
+    """``clip(factor x + to_mean * mean grey + to_grey * grey)`` with one number per sample each."""
+    numbers = torch.stack([factor, to_mean, to_grey]).to(image.device, non_blocking=True)
+    factor, to_mean, to_grey = numbers[:, :, None, None, None]
+    grey = grey_of(image)
+    offset = grey.mean((2, 3), keepdim=True).mul_(to_mean)
+    return torch.addcmul(torch.addcmul(offset, grey, to_grey), image, factor).clamp_(0.0, 1.0)
+
+
+class BandJitter(ViewOp):
+    """Gain, offset and pixel noise for any number of channels: ``clip(x * gain + shift + noise)``.
+
+    Args:
+        brightness: gain uniform in [1 - brightness, 1 + brightness].
+        contrast: then each band is stretched about its own mean by a factor in [1 - c, 1 + c].
+        shift: offset uniform in [-shift, shift], in units of [0, 1].
+        noise: standard deviation of Gaussian noise, independent for every pixel and band.
+        per_band: draw gain, contrast and shift for every band; else one of each for the sample.
+        clip: clip the result to [0, 1]; switch off for float input of another range.
+        p: share of the samples that are changed.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        shift: float = 0.0,
+        noise: float = 0.0,
+        per_band: bool = False,
+        clip: bool = True,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if min(brightness, contrast, shift, noise) < 0:
+            raise ValueError(
+                f"brightness, contrast, shift and noise must be >= 0, got "
+                f"{brightness}, {contrast}, {shift}, {noise}."
+            )
+        self.brightness = brightness
+        self.contrast = contrast
+        self.shift = shift
+        self.noise = noise
+        self.per_band = per_band
+        self.clip = clip
+        self.p = p
+
+    def forward(self, image: Tensor, draws: Draws) -> Tensor:
+        """Keeps the shape; float32."""
+        image = as_float(image)
+        b, bands = image.shape[:2]
+        n = bands if self.per_band else 1
+        applied = draws.happens(self.p)[:, None]
+        gain = draws.uniform(n, 1 - self.brightness, 1 + self.brightness).where(applied, torch.ones(()))
+        stretch = draws.uniform(n, 1 - self.contrast, 1 + self.contrast).where(applied, torch.ones(()))
+        shift = draws.uniform(n, -self.shift, self.shift) * applied
+        numbers = torch.stack([gain * stretch, gain * (1 - stretch), shift])
+        scale, to_mean, offset = numbers.to(image.device, non_blocking=True)[..., None, None]
+        if self.contrast > 0:
+            offset = offset + to_mean * image.mean((2, 3), keepdim=True)
+        out = image * scale + offset
+        if self.noise > 0:
+            noise = draws.normal(image[0].numel(), image.device).view_as(image)
+            amount = (self.noise * applied.float()).to(image.device, non_blocking=True)
+            out += noise * amount.view(b, 1, 1, 1)
+        return out.clamp_(0.0, 1.0) if self.clip else out
+
+
+class Grayscale(ViewOp):
+    """Replace all channels by the luma (RGB) or by the mean of the bands, with probability ``p``."""
+
+    def __init__(self, p: float = 0.2) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, image: Tensor, draws: Draws) -> Tensor:
+        """Keeps the shape; float32."""
+        if image.shape[1] == 1:
+            return image
+        return on_rows(as_float(image), draws.happens(self.p), lambda part, _: grey_of(part).expand_as(part))
+
+
+def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur with a width of its own for every sample: two one-dimensional convolutions.
+
+    Args:
+        image: ``(B, C, H, W)`` float32; H and W must exceed ``kernel_size // 2`` (reflected edges).
+        sigma: ``(B,)`` standard deviation in pixels, on the image's device.
+        kernel_size: odd number of taps.
+    """
+    b, c, h, w = image.shape
+    radius = kernel_size // 2
+    tap = torch.arange(-radius, radius + 1, dtype=torch.float32, device=image.device)
+    kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)
+    flat = image.reshape(1, b * c, h, w)
+    flat = F.pad(flat, (radius, radius, 0, 0), mode="reflect")
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=b * c)
+    flat = F.pad(flat, (0, 0, radius, radius), mode="reflect")
+    return F.conv2d(flat, kernel[:, None, :, None], groups=b * c).view(b, c, h, w)
+
+
+class GaussianBlur(ViewOp):
+    """Gaussian blur of random width with probability ``p``.
+
+    Args:
+        kernel_size: taps; ``None`` = a tenth of the image height, made odd (SimCLR's official code).
+        sigma: range of the standard deviation in pixels, uniform.
+        p: share of the samples that are blurred.
+    """
+
+    def __init__(
+        self, kernel_size: int | None = None, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5
+    ) -> None:
+        super().__init__()
+        if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}.")
+        if not 0 < sigma[0] <= sigma[1]:
+            raise ValueError(f"sigma must be a positive range, low <= high, got {sigma}.")
+        self.kernel_size = kernel_size
+        self.sigma = (float(sigma[0]), float(sigma[1]))
+        self.p = p
+
+    def forward(self, image: Tensor, draws: Draws) -> Tensor:
+        """Keeps the shape; float32."""
+        size = self.kernel_size or (image.shape[2] // 10) // 2 * 2 + 1
+        applied = draws.happens(self.p)
+        sigma = draws.uniform(1, *self.sigma)[:, 0]
+
+        def change(part: Tensor, chosen: Tensor) -> Tensor:
+            return blur(part, sigma[chosen].to(part.device, non_blocking=True), size)
+
+        return on_rows(as_float(image), applied, change)
+
+
+class Solarize(ViewOp):
+    """Invert the values at or above ``threshold`` with probability ``p``."""
+
+    def __init__(self, threshold: float = 0.5, p: float = 0.2) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.p = p
+
+    def forward(self, image: Tensor, draws: Draws) -> Tensor:
+        """Keeps the shape; float32."""
+
+        def change(part: Tensor, _: Tensor) -> Tensor:
+            return torch.where(part >= self.threshold, 1.0 - part, part)
+
+        return on_rows(as_float(image), draws.happens(self.p), change)
