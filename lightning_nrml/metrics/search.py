@@ -1,0 +1,279 @@
+"""Exact nearest-neighbour search in chunks: the square similarity matrix never exists.
+
+Tie rule of the torch back end: equal similarities are ordered by the smaller gallery row, also across
+the k-th place, so the answer is a function of the similarities alone. (Two equal gallery rows can still
+differ in the last bit of their computed similarity, as any blocked matrix product may round them.)
+The faiss back end orders what faiss returns in the same way, but which of several equal rows get in at
+the k-th place is faiss' choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["torch", "faiss"]
+Similarity = Literal["cosine", "dot"]
+
+# About the last-level cache of a server core; larger buffers made the scan slower, smaller ones the product.
+_CPU_BUFFER_BYTES = 32 << 20
+_GPU_BUFFER_BYTES = 512 << 20
+_MAX_BLOCK = 64
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Refuse NaN and infinite rows.
+
+    Raises:
+        ValueError: naming the first bad rows of ``x`` ``(N, D)``.
+    """
+    bad = (~torch.isfinite(x).all(dim=1)).nonzero().flatten()
+    if len(bad):
+        first = ", ".join(str(i) for i in bad[:5].tolist())
+        raise ValueError(
+            f"{len(bad)} of {len(x)} rows of {name} contain NaN or infinity (first rows: {first}); "
+            "remove them or look for a diverged training before you search."
+        )
+
+
+def prepare_rows(x: Tensor, similarity: Similarity = "cosine", name: str = "embedding") -> Tensor:
+    """Check ``x`` ``(N, D)`` and return it in float32 (float64 stays), of unit length for ``"cosine"``.
+
+    A zero row stays zero and so has cosine 0 with everything.
+
+    Raises:
+        ValueError: for a wrong shape, similarity, or non-finite rows.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(x.shape)}.")
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"similarity must be 'cosine' or 'dot', got {similarity!r}.")
+    x = x.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    check_finite(x, name)
+    return F.normalize(x, dim=1) if similarity == "cosine" else x
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No autograd, autocast or TF32: rounded similarities would create ties that are not there."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+class ExactIndex:
+    """A gallery that answers exact top-k queries by inner product.
+
+    Args:
+        gallery: ``(N, D)`` prepared rows (see :func:`prepare_rows`), on any device. Not copied.
+        backend: ``"torch"``, or ``"faiss"`` (a flat index on the CPU, in float32).
+        chunk: most query rows scored at once; ``None`` sizes the reused buffer to about 32 MiB on CPU
+            and 512 MiB on an accelerator.
+    """
+
+    def __init__(self, gallery: Tensor, backend: Backend = "torch", chunk: int | None = None) -> None:
+        if backend not in ("torch", "faiss"):
+            raise ValueError(f"backend must be 'torch' or 'faiss', got {backend!r}.")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 row, got {chunk}.")
+        self.gallery = gallery
+        self.chunk = chunk
+        self.faiss_index = _faiss_index(gallery) if backend == "faiss" else None
+        self._buffer: Tensor | None = None
+
+    def chunk_rows(self, k: int) -> int:
+        """Query rows to score at once when ``k`` neighbours are wanted: bounds buffer and results."""
+        if self.chunk is not None:
+            return self.chunk
+        budget = _CPU_BUFFER_BYTES if self.gallery.device.type == "cpu" else _GPU_BUFFER_BYTES
+        # per neighbour: a similarity, an index, and what a caller derives from the two
+        row_bytes = self.gallery.element_size() * len(self.gallery) + 48 * min(k, len(self.gallery))
+        return max(8, min(4096, budget // max(row_bytes, 1)))
+
+    def search(self, query: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The ``k`` most similar gallery rows of each row of one chunk of queries.
+
+        Args:
+            query: ``(c, D)`` prepared rows on the gallery's device; c is at most :meth:`chunk_rows`.
+            k: neighbours wanted; fewer come back where the gallery is smaller.
+            exclude: ``(c,)`` gallery row that a query must not find (itself), -1 for none.
+
+        Returns:
+            ``(similarity, index)``, both ``(c, min(k, N))``, best first; places that cannot be filled
+            hold -inf and -1.
+        """
+        k = min(k, len(self.gallery))
+        with _full_precision():
+            if self.faiss_index is not None:
+                value, index = self._search_faiss(query, k, exclude)
+            else:
+                value, index = self._search_torch(query, k, exclude)
+            value, index = _order_ties(value, index)
+            return value, index.masked_fill_(value == -torch.inf, -1)
+
+    def _scores(self, query: Tensor, block: int) -> Tensor:
+        """``(c, padded N)`` similarities in the reused buffer; padding holds -inf."""
+        n = len(self.gallery)
+        width = -(-n // block) * block
+        need = len(query) * width
+        if self._buffer is None or self._buffer.numel() < need:
+            rows = max(len(query), 1)
+            self._buffer = None  # free the old one first
+            self._buffer = torch.empty(rows * width, dtype=self.gallery.dtype, device=self.gallery.device)
+        scores = self._buffer[:need].view(len(query), width)
+        torch.mm(query, self.gallery.T, out=scores[:, :n])
+        scores[:, n:] = -torch.inf
+        return scores
+
+    def _search_torch(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        n = len(self.gallery)
+        wanted = min(k + 1, n)  # one more shows whether a tie crosses the k-th place
+        block = _block_size(n, wanted)
+        scores = self._scores(query, block)
+        if exclude is not None:
+            row = (exclude >= 0).nonzero().flatten()
+            scores[row, exclude[row]] = -torch.inf
+        value, index = _top_of_blocks(scores, wanted, block) if block > 1 else scores.topk(wanted, dim=1)
+        if wanted > k:
+            tied = ((value[:, k - 1] == value[:, k]) & (value[:, k] > -torch.inf)).nonzero().flatten()
+            value, index = value[:, :k], index[:, :k]
+            # a quarter of the buffer at a time: a collapsed model ties everywhere
+            for rows in tied.split(max(1, len(query) // 4)):
+                index[rows] = _smallest_tied(scores[rows, :n], value[rows], index[rows])
+        return value, index
+
+    def _search_faiss(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        wanted = min(k + (exclude is not None), len(self.gallery))
+        rows = query.float().cpu().numpy()
+        assert self.faiss_index is not None
+        found, ids = self.faiss_index.search(rows, wanted)
+        value, index = torch.from_numpy(found), torch.from_numpy(ids)
+        if exclude is not None:
+            itself = index == exclude.cpu()[:, None]
+            value.masked_fill_(itself, -torch.inf)
+            order = itself.to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]
+            value, index = value.gather(1, order), index.gather(1, order)
+        return value.to(query.device), index.to(query.device)
+
+
+def _faiss_index(gallery: Tensor) -> Any:
+    """A flat inner-product index over the gallery (a float32 copy in host memory)."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "backend='faiss' needs faiss-cpu or faiss-gpu; install one or use 'torch'."
+        ) from error
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(gallery.float().cpu().numpy())
+    return index
+
+
+def _block_size(n: int, wanted: int) -> int:
+    """Gallery rows per block: n / b block maxima and wanted * b candidates are both small at the root."""
+    block = 1
+    while block < _MAX_BLOCK and (2 * block) ** 2 * wanted <= n:
+        block *= 2
+    return block if block >= 4 else 1
+
+
+def _top_of_blocks(scores: Tensor, wanted: int, block: int) -> tuple[Tensor, Tensor]:
+    """Top ``wanted`` of each row through the blocks with the largest maxima.
+
+    Exact: an entry of any other block is at most that block's maximum, which the maxima of the
+    ``wanted`` chosen blocks all reach or pass.
+    """
+    rows, width = scores.shape
+    blocks = scores.view(rows, width // block, block)
+    best = blocks.amax(dim=2).topk(wanted, dim=1).indices
+    candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, block)).flatten(1)
+    value, place = candidates.topk(wanted, dim=1)
+    return value, best.gather(1, place // block) * block + place % block
+
+
+def _smallest_tied(scores: Tensor, value: Tensor, index: Tensor) -> Tensor:
+    """Refill the places that hold the k-th similarity with the smallest gallery rows that have it.
+
+    Args:
+        scores: ``(t, N)`` similarities of the rows in which a tie crosses the k-th place.
+        value: ``(t, k)`` top similarities, descending.
+        index: ``(t, k)`` their gallery rows.
+    """
+    k = value.shape[1]
+    last = value[:, -1:]
+    key = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device).neg_()
+    key = torch.where(scores == last, key, torch.iinfo(torch.int32).min)
+    smallest = key.topk(k, dim=1).values.neg().long()
+    sure = (value > last).sum(dim=1, keepdim=True)
+    place = torch.arange(k, device=scores.device) - sure
+    return torch.where(place >= 0, smallest.gather(1, place.clamp(min=0)), index)
+
+
+def _order_ties(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort equal similarities by gallery row; free of charge where there are none."""
+    if not bool((value[:, 1:] == value[:, :-1]).any()):
+        return value, index
+    order = index.argsort(dim=1)
+    value, index = value.gather(1, order), index.gather(1, order)
+    value, order = value.sort(dim=1, descending=True, stable=True)
+    return value, index.gather(1, order)
+
+
+def topk_search(
+    query: Tensor,
+    gallery: Tensor,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    similarity: Similarity = "cosine",
+    chunk: int | None = None,
+    backend: Backend = "torch",
+) -> tuple[Tensor, Tensor]:
+    """Exact ``k`` nearest gallery rows of every query, in chunks.
+
+    Args:
+        query: ``(Q, D)`` floating point, any device; half precisions are searched in float32.
+        gallery: ``(N, D)`` on the same device.
+        k: neighbours per query, at least 1.
+        exclude: ``(Q,)`` int64 gallery row that a query must not find (itself), -1 for none.
+        similarity: ``"cosine"`` (rows are normalised here) or ``"dot"``.
+        chunk: query rows at once; ``None`` picks a size with a bounded buffer.
+        backend: ``"torch"`` or ``"faiss"``.
+
+    Returns:
+        ``(similarity, index)``, both ``(Q, min(k, N))``, best first, ties by the smaller index; places
+        that cannot be filled hold -inf and -1.
+
+    Raises:
+        ValueError: for wrong shapes or NaN/infinite rows (naming the first ones).
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    same = query is gallery
+    gallery = prepare_rows(gallery, similarity, "gallery")
+    query = gallery if same else prepare_rows(query, similarity, "query").to(gallery.dtype)
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} dimensions but gallery has {gallery.shape[1]}.")
+    if exclude is not None and exclude.shape != query.shape[:1]:
+        raise ValueError(f"exclude must have shape ({len(query)},), got {tuple(exclude.shape)}.")
+    index = ExactIndex(gallery, backend, chunk)
+    k = min(k, len(gallery))
+    value = gallery.new_empty(len(query), k)
+    found = torch.empty(len(query), k, dtype=torch.int64, device=gallery.device)
+    step = index.chunk_rows(k)
+    for start in range(0, len(query) if k else 0, step):
+        rows = slice(start, start + step)
+        value[rows], found[rows] = index.search(query[rows], k, None if exclude is None else exclude[rows])
+    return value, found

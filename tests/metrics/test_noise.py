@@ -1,0 +1,110 @@
+"""FilterQuality against counts by hand and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+from lightning_nrml.metrics import FilterQuality, filter_quality
+
+
+def draw(n=500, seed=0, levels=20):
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.rand(n, generator=g) < 0.3
+    score = torch.randint(levels, (n,), generator=g).float() - 8 * noise  # many ties
+    return score > 4, noise, score
+
+
+def test_by_hand():
+    keep = torch.tensor([True, True, True, False, False])
+    noise = torch.tensor([False, True, False, False, True])
+    got = filter_quality(keep, noise, torch.tensor([0.9, 0.5, 0.5, 0.1, 0.0]))
+    assert got["precision"] == pytest.approx(2 / 3)
+    assert got["recall"] == pytest.approx(2 / 3)
+    assert got["f1"] == pytest.approx(2 / 3)
+    assert got["keep_rate"] == pytest.approx(3 / 5)
+    # clean .9 .5 .1 against noisy .5 .0: 2 + 1.5 + 1 wins of 6
+    assert got["auroc"] == pytest.approx(4.5 / 6)
+
+
+def test_equals_scikit_learn():
+    keep, noise, score = draw()
+    got = filter_quality(keep, noise, score)
+    precision, recall, f1, _ = precision_recall_fscore_support(~noise, keep, average="binary")
+    assert (got["precision"], got["recall"], got["f1"]) == pytest.approx((precision, recall, f1))
+    assert got["auroc"] == pytest.approx(roc_auc_score(~noise, score), abs=1e-9)
+
+
+def test_sd_matches_the_spread_over_draws():
+    values = [filter_quality(*draw(n=300, seed=s)) for s in range(300)]
+    spread = np.std([v["auroc"] for v in values])
+    assert np.mean([v["auroc_sd"] for v in values]) == pytest.approx(spread, rel=0.12)
+
+
+def test_nan_scores_leave_only_the_auroc():
+    keep, noise, score = draw()
+    score[::3] = torch.nan
+    got = filter_quality(keep, noise, score)
+    known = ~score.isnan()
+    assert got["auroc"] == pytest.approx(roc_auc_score(~noise[known], score[known]), abs=1e-9)
+    assert got["precision"] == filter_quality(keep, noise)["precision"]
+
+
+def test_infinite_scores_rank_and_monotone_maps_change_nothing():
+    keep, noise, score = draw()
+    want = filter_quality(keep, noise, score)["auroc"]
+    assert filter_quality(keep, noise, score.exp())["auroc"] == want
+    lowest = score == score.min()
+    assert filter_quality(keep, noise, score.masked_fill(lowest, -torch.inf))["auroc"] == want
+
+
+def test_large_samples_rank_exactly():
+    # mid-ranks above 2**24 need float64; an order-free score must give the known area
+    n = 2**20
+    score = torch.arange(n).float()
+    noise = torch.arange(n) < n // 2
+    assert filter_quality(score > 0, noise, score)["auroc"] == 1.0
+    assert filter_quality(score > 0, ~noise, score)["auroc"] == 0.0
+
+
+def test_undefined_values_are_nan():
+    clean, none = torch.zeros(4, dtype=torch.bool), torch.zeros(4)
+    got = filter_quality(none, clean, torch.rand(4))
+    assert math.isnan(got["precision"])
+    assert got["recall"] == 0
+    assert got["keep_rate"] == 0
+    assert math.isnan(got["auroc"])
+    all_noise = filter_quality(none + 1, ~clean)
+    assert math.isnan(all_noise["recall"])
+    assert all_noise["precision"] == 0
+    assert all(math.isnan(v) for v in filter_quality(none[:0], clean[:0], none[:0]).values())
+
+
+def test_weights_above_zero_are_kept_and_multi_label_is_flat():
+    keep, noise, score = draw(n=60)
+    want = filter_quality(keep, noise, score)
+    weight = keep * torch.linspace(0.01, 1, 60)
+    assert filter_quality(weight, noise, score) == want
+    assert filter_quality(weight.view(20, 3), noise.view(20, 3), score.view(20, 3)) == want
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"same shape, got \[\(3,\), \(4,\), None\]"):
+        filter_quality(torch.ones(3), torch.ones(4))
+
+
+def test_metric_accumulates_and_resets():
+    keep, noise, score = draw()
+    metric = FilterQuality()
+    for rows in torch.arange(500).split(130):
+        metric.update(keep[rows], noise[rows], score[rows].bfloat16())
+    assert metric.compute() == pytest.approx(filter_quality(keep, noise, score))
+    metric.reset()
+    metric.update(keep, noise)
+    got = metric.compute()
+    assert got["precision"] == filter_quality(keep, noise)["precision"]
+    assert math.isnan(got["auroc"])
