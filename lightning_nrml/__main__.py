@@ -1,0 +1,53 @@
+"""Entry point of ``nrml`` and ``python -m lightning_nrml``: quick answers first, heavy imports last."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lightning_nrml import __version__
+
+OVERVIEW = """\
+nrml: noise-robust metric learning
+
+  nrml fit      --config NAME|FILE [--KEY VALUE ...]           train
+  nrml validate --config NAME|FILE --ckpt_path best|last|PATH  measure on the validation split
+  nrml test     --config NAME|FILE --ckpt_path best|last|PATH  measure on the test split
+  nrml predict  --config NAME|FILE --ckpt_path best|last|PATH  compute embeddings
+  nrml recipes  ls | show NAME | cp NAME FILE | validate NAME|FILE
+
+  nrml fit --help                      all options
+  nrml fit --config NAME --print_config    the resolved config, without running it
+  nrml --version
+
+A later --config or --KEY wins over an earlier one; --trainer.callbacks+=NAME appends a callback.
+NRML_DEBUG=1 shows the full traceback of user errors."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: arguments after the program name; ``None`` takes them from ``sys.argv``.
+
+    Returns:
+        Exit code: 0 = done, 2 = a user error, told in one sentence on stderr.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args in ([], ["-h"], ["--help"]):
+        print(OVERVIEW)
+        return 0
+    if args[0] in ("--version", "-V"):
+        print(f"nrml {__version__}")
+        return 0
+    if args[0] == "recipes":
+        from lightning_nrml.cli.recipes import main as recipes_main
+
+        return recipes_main(args[1:])
+    from lightning_nrml.cli.app import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Two checkpoints with fixed names per run: ``last.ckpt`` to resume from, ``best.ckpt`` to evaluate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt`` at the end of every ``every_n_epochs``-th training epoch.
+
+    Lightning's own ``save_last=True`` writes only when a *best* checkpoint was written too, so a resume
+    would fall back to the best epoch.
+
+    Args:
+        every_n_epochs: epochs between two writes.
+        dirpath: folder; default ``<run folder>/checkpoints``.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes ``best.ckpt`` whenever ``monitor`` improves; does nothing while nobody logs that metric.
+
+    Args:
+        monitor: key of a logged metric.
+        mode: whether the largest or the smallest value is best.
+        dirpath: folder; default ``<run folder>/checkpoints``.
+    """
+
+    def __init__(
+        self, monitor: str = "val/recall@1", mode: Literal["min", "max"] = "max", dirpath: str | None = None
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self._told = False
+
+    def _is_logged(self, trainer: Trainer) -> bool:
+        if self.monitor in trainer.callback_metrics:
+            return True
+        if not self._told and not trainer.sanity_checking:
+            self._told = True
+            rank_zero_info(f"No best.ckpt yet: nothing logs '{self.monitor}' (checkpoint_best.monitor).")
+        return False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the metric improved in this epoch."""
+        if self._is_logged(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the metric improved in this validation."""
+        if self._is_logged(trainer):
+            super().on_validation_end(trainer, pl_module)

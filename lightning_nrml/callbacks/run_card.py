@@ -1,0 +1,128 @@
+"""The run card: what is about to happen, on one screen, before the first batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+
+class RunCard(Callback):
+    """Prints method, backbone, dataset and noise, batch and steps, filters and places at start of fit.
+
+    Args:
+        show: ``False`` prints nothing.
+    """
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print on rank 0, once everything is attached and the number of steps is known."""
+        if not self.show or not trainer.is_global_zero:
+            return
+        grid = Table.grid(padding=(0, 2))
+        for name, text in card(trainer, pl_module).items():
+            grid.add_row(f"[bold]{name}[/bold]", text.replace("[", r"\["))
+        Console().print(Panel(grid, title="run card", title_align="left", expand=False))
+
+
+def card(trainer: Trainer, module: LightningModule) -> dict[str, str]:
+    """The rows of the card; what a module or datamodule does not tell is left out."""
+    data: Any = getattr(trainer, "datamodule", None)
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    rows = {
+        "method": f"{type(module).__name__}, {trainable / 1e6:.2f} M trainable parameters",
+        "backbone": _backbone(module),
+        "data": _data(data),
+        "noise": _noise(data),
+        "batch": _batch(trainer),
+        "steps": _steps(trainer),
+        "filters": _filters(module),
+        "device": _device(trainer),
+        "outputs": trainer.default_root_dir,
+        "resume": _resume(trainer),
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def _backbone(module: LightningModule) -> str:
+    backbone = getattr(module, "backbone", None)
+    if backbone is None:
+        return ""
+    cfg = getattr(backbone, "default_cfg", None) or {}
+    name = cfg.get("architecture") or type(backbone).__name__
+    dim = getattr(module, "embedding_dim", None)
+    return f"{name}, embedding of {dim} numbers" if dim else str(name)
+
+
+def _data(data: Any) -> str:
+    parts = [type(data).__name__] if data is not None else []
+    if (samples := getattr(data, "num_train_samples", None)) is not None:
+        parts.append(f"{samples} training samples")
+    if (classes := getattr(data, "num_classes", None)) is not None:
+        parts.append(f"{classes} classes")
+    return ", ".join(parts)
+
+
+def _noise(data: Any) -> str:
+    """Kind and asked-for rate, and the rate that came out on the training labels."""
+    noise = getattr(data, "noise", None)
+    if data is None or noise is None:
+        return ""
+    if kind := getattr(noise, "kind", None):
+        text = "none injected" if kind == "none" else f"{kind}, rate {noise.rate:g}, seed {noise.seed}"
+    else:
+        text = f"label table {noise}"
+    flags = getattr(data, "train_is_noise", None)
+    if flags is not None:
+        text += f"; realised {float(torch.as_tensor(flags).float().mean()):.1%} wrong labels"
+    return text
+
+
+def _batch(trainer: Trainer) -> str:
+    loader: Any = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    if not size:
+        return ""
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    text = f"{size * world * accumulate} global"
+    if world > 1 or accumulate > 1:
+        text += f" = {size} x {world} ranks x {accumulate} accumulated"
+    return text
+
+
+def _steps(trainer: Trainer) -> str:
+    steps, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    text = f"{steps:g} optimiser steps" if steps != float("inf") else "unlimited"
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        text += f" = {trainer.max_epochs} epochs x {batches} batches"
+    if trainer.global_step:
+        text += f"; continued from step {trainer.global_step} (epoch {trainer.current_epoch})"
+    return text
+
+
+def _filters(module: LightningModule) -> str:
+    chain = getattr(module, "filters", None)
+    modes = getattr(chain, "mode", {})
+    names = [f"{name} ({modes[name]})" if name in modes else name for name in getattr(chain, "keys", list)()]
+    return ", ".join(names) or "none: every label is trusted"
+
+
+def _device(trainer: Trainer) -> str:
+    kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    return f"{trainer.world_size} x {kind}, precision {trainer.precision}"
+
+
+def _resume(trainer: Trainer) -> str:
+    folder = Path(trainer.default_root_dir)
+    if not trainer.checkpoint_callbacks or trainer.fast_dev_run:
+        return "no checkpoints are written"
+    return f"nrml fit --config {folder / 'config.yaml'} --ckpt_path last"

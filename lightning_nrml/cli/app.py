@@ -1,0 +1,203 @@
+"""``NRMLCLI``: LightningCLI with short class names, links from data to model, one run folder per run,
+checked checkpoints and errors of one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from lightning_nrml.callbacks.progress import NRMLProgressBar
+from lightning_nrml.callbacks.run_card import RunCard
+from lightning_nrml.callbacks.summary import FitSummary
+from lightning_nrml.cli.errors import UserError
+from lightning_nrml.cli.explain import explain, is_user_error
+from lightning_nrml.cli.loggers import RunCSVLogger
+from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
+from lightning_nrml.cli.run_folder import CHECKPOINTS, config_beside, default_run_folder, resolve_checkpoint
+from lightning_nrml.cli.save_config import RunConfig
+
+#: read from the data once it exists, and handed to models that take them
+LINKED = ("num_classes", "in_channels")
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": {"class_path": f"{RunCSVLogger.__module__}.{RunCSVLogger.__name__}"},
+    "use_distributed_sampler": False,  # our samplers know their rank; Lightning's would undo them
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the run card tells the size
+}
+
+
+class NRMLCLI(LightningCLI):
+    """The command line of this package; also usable from Python with ``args=[...]``.
+
+    Config keys beside Lightning's: ``checkpoint_last``, ``checkpoint_best`` (see
+    :mod:`lightning_nrml.callbacks.checkpoint`) and ``run_card``. The run folder is
+    ``trainer.default_root_dir``, by default ``runs/<name of the config file>``.
+
+    Args:
+        args: command line arguments; ``None`` takes them from ``sys.argv``.
+        run: whether to run the subcommand; without, only instantiate (no subcommand in ``args``).
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        load_plugins()
+        self.arguments = _with_saved_config(expand_configs(sys.argv[1:] if args is None else args))
+        self.run_folder = Path("runs")
+        self._ckpt_path: str | None = None
+        parser_kwargs: dict[str, Any] = {"parser_mode": "omegaconf", "exit_on_error": False}
+        subcommands = {name: dict(parser_kwargs) for name in self.subcommands()}
+        with _quiet():
+            super().__init__(
+                model_class=LightningModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=RunConfig,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_kwargs={**parser_kwargs, **subcommands} if run else parser_kwargs,
+                args=self.arguments,
+                run=run,
+                auto_configure_optimizers=False,
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Checkpoints, run card and the links from data to model."""
+        parser.add_class_arguments(LastCheckpoint, "checkpoint_last")
+        parser.add_class_arguments(BestCheckpoint, "checkpoint_best")
+        parser.add_class_arguments(RunCard, "run_card")
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; then settle run folder and checkpoint before anything heavy is built."""
+        self.config = parser.parse_args(args)
+        config = self._section()
+        model, data = (config.get(key, {}).get("class_path", "") for key in ("model", "data"))
+        trainer = config.trainer
+        given = trainer.default_root_dir
+        configs = [value for _, value in config_arguments(args)]
+        self.run_folder = Path(given) if given else default_run_folder(configs, model, data)
+        trainer.default_root_dir = str(self.run_folder)
+        for key in ("checkpoint_last", "checkpoint_best"):
+            config[key].dirpath = config[key].dirpath or str(self.run_folder / CHECKPOINTS)
+        command = self.config.get("subcommand", "fit")
+        self._ckpt_path = resolve_checkpoint(command, config.get("ckpt_path"), self.run_folder)
+        # kept from Lightning until the run, which would overlay the config with the file's hyperparameters
+        if "ckpt_path" in config:
+            config.ckpt_path = None
+        self._place_loggers(command, config)
+
+    def _section(self) -> Namespace:
+        return self.config.get(self.config.get("subcommand") or "", self.config)
+
+    def _place_loggers(self, command: str, config: Namespace) -> None:
+        """Loggers without a folder of their own write to the run folder (evaluation: a sub-folder)."""
+        logger = config.trainer.logger
+        self.output_folder = self.run_folder if command == "fit" else self.run_folder / command
+        for entry in logger if isinstance(logger, list) else [logger]:
+            if not isinstance(entry, Namespace) or "init_args" not in entry:
+                continue
+            init = entry.init_args
+            name = str(entry.class_path).rsplit(".", 1)[-1]
+            if name == RunCSVLogger.__name__ and init.get("save_dir") in (None, str(self.run_folder)):
+                init.save_dir = str(self.output_folder)
+            if name == WandbLogger.__name__:
+                init.save_dir = str(self.run_folder) if init.get("save_dir") in (None, ".") else init.save_dir
+                init.name = init.get("name") or self.run_folder.name
+                if command == "fit" and self._ckpt_path and not init.get("id"):
+                    init.id = saved_wandb_id(self._ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add our callbacks; leave out what the trainer's own switches forbid."""
+        trainer = self._section().trainer
+        callbacks: list[Callback] = [] if trainer.enable_progress_bar is False else [NRMLProgressBar()]
+        callbacks.append(FitSummary(str(self.run_folder)))
+        keys = ["run_card"]
+        if trainer.enable_checkpointing is not False:
+            keys += ["checkpoint_last", "checkpoint_best"]
+        built = self.config_init.get(self.subcommand or "", self.config_init)
+        callbacks += [built[key] for key in keys]
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        self.save_config_kwargs = {"folder": str(self.output_folder)}
+        return super().instantiate_trainer(**kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Give the checkpoint back to the subcommand's arguments."""
+        if "ckpt_path" in self._section():
+            self._section().ckpt_path = self._ckpt_path
+
+    def after_instantiate_classes(self) -> None:
+        """A resumed run continues its metrics file."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.resume = self._ckpt_path is not None
+
+
+def saved_wandb_id(ckpt_path: str) -> str | None:
+    """The W&B run id that :class:`RunConfig` kept in a checkpoint, if any."""
+    import torch
+
+    callbacks = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    state: Mapping[str, Any] = callbacks.get(RunConfig.__qualname__, {})
+    return state.get("wandb_id")
+
+
+def load_plugins() -> None:
+    """Import third-party filters (entry points), so that YAML may use their short class names.
+
+    Raises:
+        UserError: an installed plug-in cannot be imported.
+    """
+    for point in entry_points(group="lightning_nrml.filters"):
+        try:
+            point.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"The installed filter plug-in '{point.name}' ({point.value}) cannot be imported: {error}."
+            ) from error
+
+
+def _with_saved_config(args: list[str]) -> list[str]:
+    """``nrml test --ckpt_path runs/x/checkpoints/best.ckpt`` alone uses ``runs/x/config.yaml``."""
+    if not args or config_arguments(args):
+        return args
+    value = option(args, "--ckpt_path")
+    config = config_beside(value) if value else None
+    return [args[0], "--config", str(config), *args[1:]] if config else args
+
+
+class _quiet(warnings.catch_warnings):
+    """Hide the three deprecations that Lightning 2.6 triggers in jsonargparse >= 4.49, and only those."""
+
+    def __enter__(self) -> Any:
+        log = super().__enter__()
+        for old in ("instantiate_classes", "add_subclass_arguments", "set_config_read_mode"):
+            warnings.filterwarnings("ignore", message=rf"\s*``{old}", category=DeprecationWarning)
+        return log
+
+
+def run(args: list[str]) -> int:
+    """Run the command line ``args``; user errors become one sentence on stderr and exit code 2."""
+    debug = os.environ.get("NRML_DEBUG", "") not in ("", "0")
+    try:
+        NRMLCLI(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except (ArgumentError, Exception) as error:
+        if debug or not is_user_error(error):
+            raise
+        print(f"nrml: {explain(error, args)}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,56 @@
+"""The full resolved config goes to the run folder and to every logger, once, on rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes ``<run folder>/config.yaml`` and logs the same content as hyperparameters.
+
+    Nested keys keep their dots (``model.init_args.embedding_dim``), so dashboards can filter by them.
+    The id of a W&B run is kept in the checkpoint: a resumed run continues the same curve.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: str) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+        self.folder = Path(folder)
+        self.wandb_id: str | None = None
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Rank 0 only; called once, before any other setup."""
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.config_filename
+        path.write_text(
+            f"# written by 'nrml {trainer.state.fn.value}'; run again with --config {path}\n{text}"
+        )
+        config = yaml.safe_load(text)
+        for logger in trainer.loggers:
+            # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere
+            logger.log_hyperparams(config if isinstance(logger, CSVLogger) else flatten(config))
+            if isinstance(logger, WandbLogger):
+                self.wandb_id = logger.version
+
+    def state_dict(self) -> dict[str, Any]:
+        """The W&B run id, for the checkpoint."""
+        return {"wandb_id": self.wandb_id}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}, "c": [{"d": 2}]} -> {"a.b": 1, "c.0.d": 2}``; empty branches are kept."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict | list) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
