@@ -1,0 +1,7 @@
+"""State that outlives a batch: queue, per-sample bank and ledger. Fixed-shape, persistent, in place."""
+
+from lightning_nrml.memory.bank import FeatureBank
+from lightning_nrml.memory.ledger import SampleLedger
+from lightning_nrml.memory.queue import FeatureQueue
+
+__all__ = ["FeatureBank", "FeatureQueue", "SampleLedger"]

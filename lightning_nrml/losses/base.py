@@ -1,0 +1,81 @@
+"""What all losses share: the narrow base class, fp32, dropped rows and checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Loss(nn.Module):
+    """Base class of the losses on one batch of embeddings.
+
+    Rules that every subclass keeps: the maths is in fp32 (or wider) whatever the input and autocast; the
+    value on a rank is the mean over its own anchors against gathered keys, so that DDP's mean of values
+    and gradients equals one process on the whole batch (all ranks give equally many rows); a row of
+    weight 0 takes no part and gets exactly zero gradient, even if it holds NaN; a batch in which nothing
+    is kept gives 0, attached to the graph.
+    """
+
+    def forward(self, embedding: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embedding: ``(B, D)`` of any float type; normalised inside where the method needs unit rows.
+            label: ``(B,)`` int64 given labels.
+            weight: ``(B,)`` sample weights in [0, 1]; ``None`` = all 1.
+
+        Returns:
+            0-d tensor, float32 (float64 for float64 input).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement forward(embedding, label, weight).")
+
+    def logits(self, embedding: Tensor) -> Tensor | None:
+        """``(B, C)`` class logits for filters that need them; ``None`` if the loss has no classes."""
+        return None
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which autocast does not touch operations on the device of ``x``."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` as float32, or as it is if it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of ``x (B, D)`` scaled to length 1, in fp32 or wider. A zero row stays zero."""
+    return F.normalize(widen(x), dim=1)
+
+
+def prepare(embedding: Tensor, label: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check a batch, widen it and blank the dropped rows, so that nothing in them can reach the loss.
+
+    Returns:
+        ``(B, D)`` embedding whose dropped rows are 0 and pass no gradient back, and ``(B,)`` weight of the
+        same type (1 everywhere without weights; NaN counts as 0).
+
+    Raises:
+        ValueError: if the shapes do not agree.
+    """
+    if embedding.ndim != 2:
+        raise ValueError(f"'embedding' must be (B, D), got shape {tuple(embedding.shape)}.")
+    for name, x in (("label", label), ("weight", weight)):
+        if x is not None and x.shape != embedding.shape[:1]:
+            raise ValueError(
+                f"'{name}' must have shape ({len(embedding)},), one per row of 'embedding', "
+                f"got {tuple(x.shape)}."
+            )
+    z = widen(embedding)
+    if weight is None:
+        return z, z.new_ones(len(z))
+    w = weight.detach().to(z)
+    kept = w > 0
+    return z.masked_fill(~kept[:, None], 0.0), w.masked_fill(~kept, 0.0)
+
+
+def safe_divide(total: Tensor, by: Tensor) -> Tensor:
+    """``total / by``, and ``total`` (which is 0 then) where ``by`` is 0: no NaN, and the graph stays."""
+    return total / torch.where(by > 0, by, torch.ones_like(by))

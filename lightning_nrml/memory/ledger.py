@@ -1,0 +1,118 @@
+"""What was decided about each training sample."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrml.memory.writes import check_index, check_size, check_vector, last_writer
+
+
+class SampleLedger(nn.Module):
+    """Per-sample record of a noise filter's decisions, by dataset index; the source of every audit.
+
+    Buffers have a fixed shape, are saved in checkpoints and written in place. Record *gathered* batches:
+    the ledger is then equal on all ranks.
+
+    Args:
+        num_samples: size of the training set, at least 1.
+
+    Attributes:
+        seen: ``(N,)`` int64, how often the sample was in a batch.
+        dropped: ``(N,)`` int64, how often its weight was 0.
+        last_score: ``(N,)`` float32, the newest score, NaN = never scored.
+        score_sum: ``(N,)`` float32, sum of all scores.
+        score_count: ``(N,)`` int64, number of scores.
+        suggested: ``(N,)`` int64, the newest suggested label, -1 = none.
+        keep: ``(N,)`` bool, the decision of an epoch-level filter; True at the start.
+
+    Raises:
+        ValueError: if ``num_samples`` is not a positive whole number.
+    """
+
+    equal_on_all_ranks: ClassVar[bool] = True
+    seen: Tensor
+    dropped: Tensor
+    last_score: Tensor
+    score_sum: Tensor
+    score_count: Tensor
+    suggested: Tensor
+    keep: Tensor
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__()
+        check_size(num_samples, "num_samples", "SampleLedger")
+        self.num_samples = num_samples
+        self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.int64))
+        self.register_buffer("dropped", torch.zeros(num_samples, dtype=torch.int64))
+        self.register_buffer("last_score", torch.full((num_samples,), torch.nan))
+        self.register_buffer("score_sum", torch.zeros(num_samples))
+        self.register_buffer("score_count", torch.zeros(num_samples, dtype=torch.int64))
+        self.register_buffer("suggested", torch.full((num_samples,), -1))
+        self.register_buffer("keep", torch.ones(num_samples, dtype=torch.bool))
+
+    @torch.no_grad()
+    def record(self, index: Tensor, weight: Tensor, score: Tensor, suggested: Tensor | None = None) -> None:
+        """Add one batch. A sample that is in the batch several times is counted as often.
+
+        Args:
+            index: ``(B,)`` dataset positions.
+            weight: ``(B,)`` weights, 0 = dropped; or ``(B, L)`` for multi-label data, where a sample
+                counts as dropped when all its labels were.
+            score: ``(B,)`` or ``(B, L)`` (mean over the labels); NaN = no opinion, leaves the score as it is.
+            suggested: ``(B,)`` labels, -1 = no suggestion: leaves the old one.
+
+        Raises:
+            ValueError: if the shapes do not agree.
+            IndexError: if an index is outside the training set (checked on the CPU only).
+        """
+        rows = len(index)
+        if weight.ndim == 2:
+            weight = weight.amax(dim=1)
+        if score.ndim == 2:
+            score = score.float().nanmean(dim=1)
+        named = {"index": index, "weight": weight, "score": score, "suggested": suggested}
+        for name, x in named.items():
+            if x is not None:
+                check_vector(x, rows, name, "SampleLedger.record")
+        check_index(index, self.num_samples, "SampleLedger")
+        index = index.to(self.seen.device)
+        weight, score = weight.to(index.device), score.to(self.last_score)
+
+        self.seen.index_add_(0, index, torch.ones_like(index))
+        self.dropped.index_add_(0, index, (weight <= 0).to(torch.int64))
+        scored = ~score.isnan()
+        self.score_sum.index_add_(0, index, torch.where(scored, score, 0.0))
+        self.score_count.index_add_(0, index, scored.to(torch.int64))
+        self._write_last(self.last_score, index, score, scored)
+        if suggested is not None:
+            suggested = suggested.to(self.suggested)
+            self._write_last(self.suggested, index, suggested, suggested >= 0)
+
+    def mean_score(self) -> Tensor:
+        """``(N,)`` mean of all scores of each sample, NaN where there is none."""
+        return torch.where(self.score_count > 0, self.score_sum / self.score_count, torch.nan)
+
+    def to_columns(self) -> dict[str, Tensor]:
+        """The table of one row per sample, as CPU tensors ``(N,)``, ready for parquet or CSV."""
+        columns = {
+            "index": torch.arange(self.num_samples),
+            "seen": self.seen,
+            "dropped": self.dropped,
+            "last_score": self.last_score,
+            "mean_score": self.mean_score(),
+            "suggested": self.suggested,
+            "keep": self.keep,
+        }
+        return {name: column.detach().cpu().clone() for name, column in columns.items()}
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"num_samples={self.num_samples}"
+
+    @staticmethod
+    def _write_last(target: Tensor, index: Tensor, value: Tensor, valid: Tensor) -> None:
+        source = last_writer(index, valid)
+        target.index_copy_(0, index, torch.where(valid[source], value[source], target[index]))
