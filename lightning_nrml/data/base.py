@@ -1,0 +1,450 @@
+"""The datamodule that every data set of this package shares."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_nrml import distributed
+from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, Split, Splits, check_labels, identity
+from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
+from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
+from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding
+from lightning_nrml.data.views import EvalView, MetricView, ViewKey, Views
+from lightning_nrml.types import Batch
+
+# "auto" keeps decoded images in memory up to this size per split
+CACHE_LIMIT_BYTES = 512 * 2**20
+BAD_IMAGE_LIST = "bad_images.tsv"
+_SPLITS_OF_STAGE = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class NRMLDataModule(LightningDataModule):
+    """Base of all datamodules: noise on train labels, rank-aware samplers, views on the device.
+
+    A subclass writes :meth:`load_splits` and, if it likes, :attr:`default_size` and the default views.
+    Labels are loaded on first use, so ``num_classes``, ``in_channels`` and ``num_train_samples`` can
+    be read before ``setup``. Without a validation split the test split serves for validation, as is
+    usual in metric learning: do not choose checkpoints by it.
+
+    Args:
+        batch_size: samples per process and step.
+        m_per_class: samples of each class in a batch (of the labels as given); ``None`` = plain
+            shuffling.
+        eval_batch_size: rows per process in evaluation.
+        noise: label noise for the train split, or the path of a label table.
+        seed: seed of the sampler and of the views. Noise has its own seed.
+        num_workers: loader processes.
+        pin_memory: page-locked batches, for a GPU.
+        train_view: what training images go through, on the device; ``None`` = a default of the set.
+        eval_view: the same for validation, test, prediction and :meth:`embed_dataloader`.
+        epoch_length: samples per epoch over all processes, with ``m_per_class``; ``None`` = the size of
+            the train split.
+        on_bad_image: ``"raise"`` stops with the path of a missing or corrupt image. ``"skip"``
+            leaves missing files out from the start, replaces corrupt train images by another sample
+            when they are met, leaves corrupt evaluation images out, and lists all of them in
+            ``bad_images.tsv`` under the trainer's ``default_root_dir``.
+        cache: keep decoded uint8 images in memory; ``"auto"`` does so up to 512 MiB per split.
+
+    Attributes:
+        train_sampler: the sampler of the last :meth:`train_dataloader`, for mid-epoch resume.
+    """
+
+    train_sampler: MPerClassSampler | ShuffleSampler | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        m_per_class: int | None = None,
+        eval_batch_size: int = 256,
+        noise: NoiseConfig | str | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        train_view: Views | None = None,
+        eval_view: Views | None = None,
+        epoch_length: int | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
+        cache: Literal["auto"] | bool = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if m_per_class is not None and (m_per_class < 1 or batch_size % m_per_class):
+            raise ValueError(f"batch_size {batch_size} must be a multiple of m_per_class {m_per_class}")
+        if epoch_length is not None and m_per_class is None:
+            raise ValueError(
+                "epoch_length needs m_per_class; shorten plain epochs by trainer.limit_train_batches"
+            )
+        if on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
+        if cache not in ("auto", True, False):
+            raise ValueError(f"cache must be 'auto', true or false, got {cache!r}")
+        self.batch_size, self.m_per_class, self.eval_batch_size = batch_size, m_per_class, eval_batch_size
+        self.noise = NoiseConfig(table=noise) if isinstance(noise, str) else noise or NoiseConfig()
+        self.seed, self.epoch_length = seed, epoch_length
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.on_bad_image: OnBadImage = on_bad_image
+        self.cache = cache
+        self._views = {"train": train_view, "eval": eval_view}
+        self._view_device: torch.device | None = None
+        self._splits: Splits | None = None
+        self._bad_rows: list[str] = []
+
+    # ---- what a subclass gives -------------------------------------------------------------------
+
+    @abstractmethod
+    def load_splits(self) -> Splits:
+        """Labels and undecoded image sources of all splits."""
+
+    def default_train_view(self) -> Views:
+        """The training view if none was given."""
+        return MetricView(self.view_size)
+
+    def default_eval_view(self) -> Views:
+        """The evaluation view if none was given."""
+        return EvalView(self.view_size)
+
+    @property
+    def view_size(self) -> int:
+        """Side of the images that the default views put out: the short side of what is stored."""
+        size = self.splits.train.images.size
+        if size is None:
+            return int(min(self.splits.train.images.get([0]).shape[2:]))
+        return min(size)
+
+    # ---- labels ----------------------------------------------------------------------------------
+
+    @property
+    def splits(self) -> Splits:
+        """All splits, checked, with train labels as given after noise; loaded on first use."""
+        if self._splits is None:
+            self._splits = self._prepare(self.load_splits())
+        return self._splits
+
+    def _prepare(self, splits: Splits) -> Splits:
+        who = type(self).__name__
+        for name in ("train", "val", "test"):
+            split: Split | None = getattr(splits, name)
+            if split is None:
+                continue
+            if len(split) == 0:
+                raise ValueError(f"{who}: the {name} split is empty")
+            if len(split.images) != len(split):
+                raise ValueError(f"{who}: {name} has {len(split.images)} images but {len(split)} labels")
+            bound = splits.num_classes if name == "train" or not splits.zero_shot else None
+            split.label = check_labels(split.label, bound, f"{who} {name}")
+            if split.clean_label is not None:
+                split.clean_label = check_labels(split.clean_label, bound, f"{who} {name} clean labels")
+        # On the full list and before anything else: a sample's label must not depend on missing files.
+        self._inject(splits)
+        for name in ("train", "val", "test"):
+            split = getattr(splits, name)
+            if split is not None:
+                setattr(splits, name, self._without_missing(name, split))
+        self.train_keep = torch.ones(len(splits.train), dtype=torch.bool)
+        if splits.train.label.ndim == 1:
+            self._warn_of_single_samples(splits.train.label)
+        return splits
+
+    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
+        """Labels of the train split after ``self.noise``; multi-label sets override this."""
+        if train.clean_label is not None:
+            raise ValueError(
+                f"{type(self).__name__}: the train labels are noisy already (a noise list or human labels); "
+                "leave noise unset, or load the clean labels"
+            )
+        embedding = None
+        if self.noise.kind == "small_cluster":
+            embedding = pixel_embedding(train.images)
+        return apply_noise(train.label, self.noise, num_classes, embedding, train.paths)
+
+    def _inject(self, splits: Splits) -> None:
+        if self.noise.kind == "none" and self.noise.table is None:
+            return
+        noisy = self.inject_noise(splits.train, splits.num_classes)
+        # in the numbering of the given labels, so that "label != clean_label" always means wrong
+        splits.train.label, splits.train.clean_label = noisy.label, noisy.true_label
+        if noisy.class_id is None:
+            return
+        lookup = np.full(splits.num_classes, -1, dtype=np.int64)
+        lookup[noisy.class_id] = np.arange(len(noisy.class_id))
+        splits.num_classes = len(noisy.class_id)
+        if splits.class_names is not None:
+            splits.class_names = [splits.class_names[i] for i in noisy.class_id]
+        for name in () if splits.zero_shot else ("val", "test"):
+            split: Split | None = getattr(splits, name)
+            if split is not None:
+                # images of dissolved classes have no label any more
+                split = split.subset(np.flatnonzero(lookup[split.label] >= 0))
+                split.label = lookup[split.label]
+                setattr(splits, name, split)
+
+    def _without_missing(self, name: str, split: Split) -> Split:
+        missing = split.images.missing()
+        if not missing:
+            return split
+        first = split.images.name(missing[0])
+        if self.on_bad_image == "raise":
+            raise BadImageError(
+                f"{len(missing)} of {len(split)} {name} images are missing, the first is {first}; "
+                "check the path, or set on_bad_image: skip to leave them out"
+            )
+        if len(missing) == len(split):
+            raise BadImageError(
+                f"all {len(split)} {name} images are missing, such as {first}; check the path"
+            )
+        warnings.warn(f"left out {len(missing)} missing {name} images, such as {first}", stacklevel=2)
+        self._bad_rows += [f"{row}\t{split.images.name(row)}\tmissing from {name}\n" for row in missing]
+        rows = np.setdiff1d(np.arange(len(split)), missing)
+        return split.subset(rows)
+
+    @staticmethod
+    def _warn_of_single_samples(label: np.ndarray) -> None:
+        _, counts = np.unique(label, return_counts=True)
+        if single := int((counts == 1).sum()):
+            warnings.warn(
+                f"{single} of {len(counts)} train classes have one sample only, hence no positive pair",
+                stacklevel=2,
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes (label columns of a multi-label set) of the train split."""
+        return self.splits.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.splits.train.images.channels
+
+    @property
+    def num_train_samples(self) -> int:
+        """N, the length of every per-sample ledger or bank."""
+        return len(self.splits.train)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the train classes in label order."""
+        return self.splits.class_names
+
+    @property
+    def train_label(self) -> Tensor:
+        """``(N,)`` int64 labels as given, noise included."""
+        return torch.as_tensor(self.splits.train.label)
+
+    @property
+    def train_clean_label(self) -> Tensor | None:
+        """``(N,)`` int64 true labels where they are known (-1: none of the classes); for measurement only."""
+        clean = self.splits.train.clean_label
+        return None if clean is None else torch.as_tensor(clean)
+
+    @property
+    def train_is_noise(self) -> Tensor | None:
+        """``(N,)`` bool (``(N, L)`` for multi-label), where the given label is known to be wrong."""
+        train = self.splits.train
+        return None if train.clean_label is None else torch.as_tensor(train.label != train.clean_label)
+
+    @property
+    def train_paths(self) -> list[str] | None:
+        """Names of the train images, for tables and galleries."""
+        return self.splits.train.paths
+
+    @property
+    def noise_summary(self) -> dict[str, Any]:
+        """What the run card and the logs say about the train labels.
+
+        ``rate_realised`` is the share of labels that differ from the clean ones, ``None`` if those are
+        not known; ``hash`` identifies the label column.
+        """
+        wrong = self.train_is_noise
+        return {
+            "kind": self._noise_kind,
+            "rate_requested": self.noise.rate,
+            "rate_realised": None if wrong is None else round(float(wrong.float().mean()), 6),
+            "hash": label_hash(self.splits.train.label),
+            "num_classes": self.num_classes,
+            "num_train": self.num_train_samples,
+        }
+
+    @property
+    def _noise_kind(self) -> str:
+        if self.noise.table is not None:
+            return "table"
+        if self.noise.kind == "none" and self.splits.train.clean_label is not None:
+            return "given"
+        return self.noise.kind
+
+    # ---- life cycle ------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the labels, and decode what is kept in memory; safe to call again."""
+        for name in _SPLITS_OF_STAGE.get(stage, _SPLITS_OF_STAGE[None]):
+            split = self._split(name)
+            if split is not None:
+                self._fill_cache(split)
+        self._write_bad_rows()
+
+    def _split(self, name: str) -> Split | None:
+        splits = self.splits
+        if name == "val" and splits.val is None:
+            return splits.test
+        found: Split | None = getattr(splits, name)
+        return found
+
+    def _fill_cache(self, split: Split) -> None:
+        size = decoded_bytes(split.images)
+        small = size is not None and size <= CACHE_LIMIT_BYTES
+        if self.cache is True or (self.cache == "auto" and small):
+            split.images = cached(split.images, self.on_bad_image)
+
+    @property
+    def _bad_list(self) -> Path | None:
+        if self.on_bad_image == "raise":
+            return None
+        return Path(self.trainer.default_root_dir if self.trainer is not None else ".") / BAD_IMAGE_LIST
+
+    @rank_zero_only
+    def _write_bad_rows(self) -> None:
+        if self._bad_rows and self._bad_list is not None:
+            self._bad_list.parent.mkdir(parents=True, exist_ok=True)
+            with self._bad_list.open("a", encoding="utf-8") as file:
+                file.writelines(self._bad_rows)
+        self._bad_rows = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which labels a checkpoint was trained on."""
+        return {"noise": self.noise_summary}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if training is resumed on other labels: per-sample records would not belong to them."""
+        before, now = state_dict["noise"], self.noise_summary
+        resuming = self.trainer is not None and self.trainer.training
+        if resuming and before["hash"] != now["hash"]:
+            warnings.warn(
+                f"resuming on other train labels: the checkpoint had {before['num_train']} labels with hash "
+                f"{before['hash']}, this data has {now['num_train']} with hash {now['hash']}",
+                stacklevel=2,
+            )
+
+    # ---- loaders ---------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled or m-per-class batches of the train split; ``train_keep`` is obeyed every epoch."""
+        self._fill_cache(self.splits.train)
+        if self.m_per_class is None:
+            self.train_sampler = ShuffleSampler(
+                self.num_train_samples, self.batch_size, seed=self.seed, keep=self.train_keep
+            )
+        else:
+            length = None
+            if self.epoch_length is not None:
+                length = max(1, self.epoch_length // (self.batch_size * distributed.world_size()))
+            self.train_sampler = MPerClassSampler(
+                self.train_label,
+                self.m_per_class,
+                self.batch_size,
+                seed=self.seed,
+                keep=self.train_keep,
+                length=length,
+            )
+        dataset = IndexedDataset(self.splits.train, self.on_bad_image, replace=True, bad_list=self._bad_list)
+        return self._loader(dataset, self.train_sampler, self.batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The validation split in order (the test split if there is none), nothing padded."""
+        return [] if self._split("val") is None else self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test split in order, nothing padded."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test split in order, nothing padded."""
+        return self._eval_loader("test")
+
+    def embed_dataloader(self) -> DataLoader[Batch]:
+        """The whole train split in order, un-padded over ranks, with the evaluation view."""
+        return self._eval_loader("train")
+
+    def _eval_loader(self, name: str) -> DataLoader[Batch]:
+        split = self._split(name)
+        if split is None:
+            raise ValueError(
+                f"{type(self).__name__} has no {name} split here: there is nothing to evaluate on"
+            )
+        self._fill_cache(split)
+        dataset = IndexedDataset(split, self.on_bad_image, bad_list=self._bad_list)
+        return self._loader(dataset, UnpaddedSampler(len(dataset)), self.eval_batch_size)
+
+    def _loader(
+        self,
+        dataset: IndexedDataset,
+        sampler: DistributedSampler[int],
+        batch_size: int,
+        drop_last: bool = False,
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=identity,
+            pin_memory=self.pin_memory,
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    # ---- views -----------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Run the views where the batch now is; batches without ``image`` pass through."""
+        if not isinstance(batch, dict) or "image" not in batch:
+            return batch
+        return self.apply_views(batch, training=self.trainer is not None and bool(self.trainer.training))
+
+    def apply_views(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        """Replace ``image`` by the view; several views go to ``views`` and the first to ``image``.
+
+        The random numbers of the training view are named by seed, epoch, batch and row, so that they
+        are the same on any number of ranks and after a resume.
+        """
+        image = batch["image"]
+        view = self._view("train" if training else "eval", image.device)
+        key = self._view_key() if training and self.trainer is not None else ViewKey(self.seed)
+        # an evaluation batch whose images were all unreadable has no rows, which views refuse
+        probe = image if len(image) else image.new_zeros((1, *image.shape[1:]))
+        views = [v[: len(image)] for v in view(probe, key)]
+        out = {**batch, "image": views[0]}
+        if len(views) > 1:
+            out["views"] = views
+        return out
+
+    def _view(self, which: str, device: torch.device) -> Views:
+        view = self._views[which]
+        if view is None:
+            view = self.default_train_view() if which == "train" else self.default_eval_view()
+        self._views[which] = view.to(device)
+        return view
+
+    def _view_key(self) -> ViewKey:
+        trainer = self.trainer
+        assert trainer is not None
+        batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return ViewKey(self.seed, trainer.current_epoch, batch, trainer.global_rank * self.batch_size)

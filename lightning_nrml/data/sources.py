@@ -1,0 +1,314 @@
+"""Where images come from: memory, concatenated JPEGs, files. One batched call, uint8 out.
+
+A source answers ``get(indices) -> uint8 (n, C, H, W)``. In-memory sets are a single index
+operation, the others decode per item with Pillow and bring every image to one size, so that all
+further image work can happen in batches on the training device.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+Fit = Literal["crop", "squash"]
+_DECODE_THREADS = 8
+# what Pillow's decoders raise on damaged files
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class BadImageError(RuntimeError):
+    """An image is missing or cannot be decoded; the message names it."""
+
+
+class ImageSource(ABC):
+    """A fixed list of images of one size.
+
+    Attributes:
+        channels: number of channels of every image.
+        size: ``(height, width)``, or ``None`` if only the files know.
+    """
+
+    channels: int
+    size: tuple[int, int] | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def get(self, indices: Sequence[int]) -> Tensor:
+        """Images at ``indices`` as uint8 ``(n, channels, H, W)``.
+
+        Raises:
+            BadImageError: an image is missing or corrupt.
+        """
+
+    @abstractmethod
+    def subset(self, rows: np.ndarray) -> ImageSource:
+        """The source restricted to ``rows`` (int64 positions), in that order."""
+
+    def name(self, row: int) -> str:
+        """How to call an image in a message."""
+        return f"image {row}"
+
+    def missing(self) -> list[int]:
+        """Rows that are known to be absent without decoding anything."""
+        return []
+
+
+class MemorySource(ImageSource):
+    """Decoded images held in memory.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        bad: row -> message for images that could not be decoded (their pixels are meaningless).
+    """
+
+    def __init__(self, images: Tensor, bad: Mapping[int, str] | None = None) -> None:
+        if images.dtype is not torch.uint8 or images.ndim != 4:
+            raise TypeError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        self.images = images
+        self.bad = dict(bad or {})
+        self.channels = images.shape[1]
+        self.size = (images.shape[2], images.shape[3])
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def get(self, indices: Sequence[int]) -> Tensor:
+        if self.bad:
+            for row in indices:
+                if row in self.bad:
+                    raise BadImageError(self.bad[row])
+        return self.images[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def subset(self, rows: np.ndarray) -> MemorySource:
+        bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
+        return MemorySource(self.images[torch.as_tensor(rows, dtype=torch.int64)], bad)
+
+
+class DecodingSource(ImageSource):
+    """Base of the sources that decode one image at a time.
+
+    Args:
+        channels: 3 (RGB) or 1 (grey); every image is converted.
+        image_size: side or ``(height, width)`` to resize to; ``None`` keeps the stored size, which
+            must then be the same for all images.
+        fit: ``"crop"`` scales the short side and cuts the centre, ``"squash"`` ignores the aspect.
+    """
+
+    def __init__(self, channels: int = 3, image_size: int | tuple[int, int] | None = None, fit: Fit = "crop"):
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        if fit not in ("crop", "squash"):
+            raise ValueError(f"fit must be 'crop' or 'squash', got {fit!r}")
+        self.channels = channels
+        self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.fit: Fit = fit
+
+    @abstractmethod
+    def open(self, row: int) -> Image.Image:
+        """The undecoded Pillow image of a row; may raise ``OSError``."""
+
+    def get(self, indices: Sequence[int]) -> Tensor:
+        images = [self.decode(row) for row in indices]
+        if self.size is None:
+            for row, image in zip(indices, images, strict=True):
+                if image.shape != images[0].shape:
+                    raise ValueError(
+                        f"{self.name(row)} is {tuple(image.shape[1:])} but {self.name(indices[0])} is "
+                        f"{tuple(images[0].shape[1:])}: set image_size to bring all images to one size"
+                    )
+        if not images:
+            return torch.empty((0, self.channels, *(self.size or (0, 0))), dtype=torch.uint8)
+        return torch.stack(images)
+
+    def decode(self, row: int) -> Tensor:
+        """One image as uint8 ``(channels, H, W)``."""
+        try:
+            with self.open(row) as image:
+                return to_tensor(image, self.channels, self.size, self.fit)
+        except _DECODE_ERRORS as error:
+            raise BadImageError(
+                f"cannot read {self.name(row)} ({type(error).__name__}: {error}); mend or remove it, "
+                "or set on_bad_image: skip"
+            ) from error
+
+
+class JpegSource(DecodingSource):
+    """Encoded images end to end in one byte array (any format that Pillow reads).
+
+    Args:
+        buffer: uint8 ``(bytes,)``.
+        offsets: int64 ``(M + 1,)``; image i is ``buffer[offsets[i]:offsets[i + 1]]``.
+        rows: which images, in which order; default all.
+        origin: file name for messages.
+        channels, image_size, fit: see :class:`DecodingSource`.
+    """
+
+    def __init__(
+        self,
+        buffer: np.ndarray,
+        offsets: np.ndarray,
+        rows: np.ndarray | None = None,
+        origin: str = "the array",
+        channels: int = 3,
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "crop",
+    ) -> None:
+        super().__init__(channels, image_size, fit)
+        if len(offsets) < 1 or offsets[0] < 0 or offsets[-1] > len(buffer) or np.any(np.diff(offsets) < 0):
+            raise ValueError(f"offsets of {origin} must rise from 0 to at most {len(buffer)}, the bytes held")
+        self.buffer, self.offsets, self.origin = buffer, offsets, origin
+        self.rows = np.arange(len(offsets) - 1) if rows is None else np.asarray(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, row: int) -> str:
+        return f"image {int(self.rows[row])} of {self.origin}"
+
+    def open(self, row: int) -> Image.Image:
+        i = int(self.rows[row])
+        return Image.open(io.BytesIO(self.buffer[self.offsets[i] : self.offsets[i + 1]].tobytes()))
+
+    def subset(self, rows: np.ndarray) -> JpegSource:
+        return JpegSource(
+            self.buffer, self.offsets, self.rows[rows], self.origin, self.channels, self.size, self.fit
+        )
+
+
+class FileSource(DecodingSource):
+    """Image files on disk.
+
+    Args:
+        paths: one per image.
+        channels, image_size, fit: see :class:`DecodingSource`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        channels: int = 3,
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "crop",
+    ) -> None:
+        super().__init__(channels, image_size, fit)
+        # an array of fixed-width strings: forked workers do not copy it by touching reference counts
+        self.paths = np.asarray([str(p) for p in paths], dtype=np.str_)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, row: int) -> str:
+        return str(self.paths[row])
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(str(self.paths[row]))
+
+    def subset(self, rows: np.ndarray) -> FileSource:
+        return FileSource(self.paths[rows].tolist(), self.channels, self.size, self.fit)
+
+    def missing(self) -> list[int]:
+        return [row for row, path in enumerate(self.paths) if not Path(path).is_file()]
+
+
+def to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None, fit: Fit = "crop") -> Tensor:
+    """Decode, convert and resize a Pillow image to uint8 ``(channels, H, W)``.
+
+    Resizing is Pillow's antialiased bilinear filter. JPEGs at least four times too large are first
+    decoded at a fraction of their size (never below twice the target), which is much faster.
+    """
+    mode = "RGB" if channels == 3 else "L"
+    if size is not None:
+        image.draft(mode, (2 * size[1], 2 * size[0]))
+    image = image.convert(mode)
+    if size is not None and image.size != (size[1], size[0]):
+        box = _centre_box(image.size, size) if fit == "crop" else None
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+    array = np.array(image, dtype=np.uint8)
+    pixels = torch.from_numpy(array)
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _centre_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Largest centred box of the wanted ``(height, width)`` aspect inside ``(width, height)``."""
+    width, height = have
+    scale = min(width / want[1], height / want[0])
+    dx, dy = (width - scale * want[1]) / 2, (height - scale * want[0]) / 2
+    return dx, dy, width - dx, height - dy
+
+
+def decoded_bytes(source: ImageSource) -> int | None:
+    """Memory that all images of a source take once decoded; ``None`` if the size is not known."""
+    if source.size is None:
+        return None
+    return len(source) * source.channels * source.size[0] * source.size[1]
+
+
+def cached(source: ImageSource, on_bad_image: Literal["raise", "skip"] = "raise") -> MemorySource:
+    """Decode a whole source into memory, on a few threads (Pillow frees the interpreter lock).
+
+    Raises:
+        BadImageError: an image cannot be read and ``on_bad_image`` is ``"raise"``; with ``"skip"``
+            the row is remembered as bad and raises when it is asked for.
+    """
+    if isinstance(source, MemorySource):
+        return source
+    bad: dict[int, str] = {}
+
+    def one(row: int) -> Tensor | None:
+        try:
+            return source.get([row])[0]
+        except BadImageError as error:
+            if on_bad_image == "raise":
+                raise
+            bad[row] = str(error)
+            return None
+
+    images: Tensor | None = None
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        for row, image in enumerate(pool.map(one, range(len(source)))):
+            if image is None:
+                continue
+            if images is None:
+                images = torch.zeros((len(source), *image.shape), dtype=torch.uint8)
+            if image.shape != images.shape[1:]:
+                raise ValueError(f"{source.name(row)} differs in size from the others: set image_size")
+            images[row] = image
+    if images is None:
+        raise BadImageError(f"none of the {len(source)} images can be read, the first: {bad.get(0)}")
+    return MemorySource(images, bad)
+
+
+def pixel_embedding(images: ImageSource, side: int = 16, rows: int = 1024) -> np.ndarray:
+    """Unit rows of pooled, centred pixels ``(N, channels * side**2)`` float32: a net-free embedding.
+
+    Serves small-cluster noise, which only asks that images that look alike lie close together.
+    """
+    parts = []
+    for start in range(0, len(images), rows):
+        batch = images.get(range(start, min(start + rows, len(images)))).float()
+        pooled = F.adaptive_avg_pool2d(batch, min(side, *batch.shape[2:])).flatten(1)
+        parts.append(F.normalize(pooled - pooled.mean(1, keepdim=True), dim=1))
+    return torch.cat(parts).numpy()
