@@ -1,0 +1,7 @@
+"""Callbacks: when things happen, what is logged and what is written."""
+
+from lightning_nrml.callbacks.filters import PRISM, KnownClean
+from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
+from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
+
+__all__ = ["PRISM", "KnownClean", "NoiseFilterCallback", "RetrievalEvaluator"]

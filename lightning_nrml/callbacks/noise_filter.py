@@ -1,0 +1,314 @@
+"""The callback that drives any noise filter on any LightningModule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_nrml import distributed
+from lightning_nrml.callbacks.ledger_file import write_ledger
+from lightning_nrml.filters import NoiseFilter
+from lightning_nrml.filters.chain import FilterChain, Mode, tolerate_absent_filters
+from lightning_nrml.memory import FeatureBank, SampleLedger
+from lightning_nrml.metrics import FilterQuality
+from lightning_nrml.types import FilterContext, Selection
+
+Granularity = Literal["batch", "epoch"]
+_CHUNK = 8192
+
+
+class RunSizes:
+    """Sizes that a filter may need, from the datamodule and the module; each raises only if asked for."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.data: Any = getattr(trainer, "datamodule", None)
+        self.module = pl_module
+
+    def _find(self, name: str, *places: Any) -> int:
+        for place in places:
+            value = getattr(place, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        raise ValueError(
+            f"The noise filter needs `{name}`: give your datamodule or LightningModule an int attribute "
+            f"`{name}`."
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of training classes."""
+        return self._find("num_classes", self.data, self.module)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the embedding."""
+        return self._find("embedding_dim", self.module)
+
+    @property
+    def num_samples(self) -> int:
+        """Size of the training set."""
+        return self._find("num_train_samples", self.data, self.module)
+
+
+class NoiseFilterCallback(Callback):
+    """Plugs a :class:`~lightning_nrml.filters.NoiseFilter` into a training run.
+
+    ``granularity="batch"``: the filter decides on every batch, and dropped rows get weight 0.
+    ``granularity="epoch"``: embeddings of every sample are kept in a bank as they pass; after the last
+    batch of an epoch the filter scores the whole training set from the bank, and the sampler of the
+    next epoch leaves dropped samples out, so that they are neither decoded nor forwarded. A dropped
+    sample comes back with weight 0 once its bank row is older than ``max_age`` epochs, so that it is
+    judged by a fresh embedding. (An epoch then has fewer steps than the schedule was made for; set
+    ``trainer.max_steps`` for a run of fixed length.)
+
+    Works with our modules and with any LightningModule whose ``training_step`` calls
+    :func:`lightning_nrml.select`. All state (filter, ledger, bank) is part of the checkpoint. Clean
+    labels, where the data has them, are used here for ``noise/*`` metrics only.
+
+    Args:
+        filter: the filter; subclasses such as :class:`PRISM` build theirs in :meth:`make_filter`.
+        granularity: see above.
+        start_epoch: first epoch in which decisions count; before it the filter only fills its memory.
+        every_n_epochs: epochs between two whole-set passes (``granularity="epoch"`` only).
+        max_age: see above; 0 never brings a dropped sample back.
+        name: key under ``pl_module.filters``; default the filter's class name in lower case.
+        save_ledger: write ``noise_ledger.parquet`` and ``.csv`` into the run folder at the end of fit.
+    """
+
+    def __init__(
+        self,
+        filter: NoiseFilter | None = None,
+        granularity: Granularity = "batch",
+        start_epoch: int = 0,
+        every_n_epochs: int = 1,
+        max_age: int = 5,
+        name: str | None = None,
+        save_ledger: bool = True,
+    ) -> None:
+        if granularity not in ("batch", "epoch"):
+            raise ValueError(f"granularity is '{granularity}': choose 'batch' or 'epoch'.")
+        if every_n_epochs < 1 or (every_n_epochs > 1 and granularity == "batch"):
+            raise ValueError(
+                f"every_n_epochs is {every_n_epochs}: it must be 1, or more with granularity='epoch'."
+            )
+        if start_epoch < 0 or max_age < 0:
+            raise ValueError(f"start_epoch ({start_epoch}) and max_age ({max_age}) must not be negative.")
+        self.filter = filter
+        self.granularity: Granularity = granularity
+        self.start_epoch, self.every_n_epochs, self.max_age = start_epoch, every_n_epochs, max_age
+        self.name = name or type(filter or self).__name__.lower()
+        self.save_ledger = save_ledger
+        self._quality: FilterQuality | None = None
+        self._kept: list[Tensor] = []
+
+    # ---- attaching ------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes two filters of one run."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    def make_filter(self, sizes: RunSizes) -> NoiseFilter:
+        """The filter to attach; subclasses build theirs from the sizes of the run."""
+        if self.filter is None:
+            raise ValueError("NoiseFilterCallback needs a filter: NoiseFilterCallback(filter=PRISM(...)).")
+        return self.filter
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach filter, ledger and (epoch mode) bank before the checkpoint is restored."""
+        tolerate_absent_filters(pl_module)
+        if stage != "fit":
+            return
+        chain = _chain_of(pl_module)
+        sizes = RunSizes(trainer, pl_module)
+        part = self.filter = self.make_filter(sizes)
+        if self.granularity not in part.granularities:
+            raise ValueError(
+                f"{type(part).__name__} works with granularity {' or '.join(map(repr, part.granularities))}, "
+                f"not '{self.granularity}'."
+            )
+        if self.name in chain and chain[self.name] is not part and self.name in chain.mode:
+            raise ValueError(f"Two noise filters are called '{self.name}': give one of them another name=.")
+        chain[self.name] = part
+        chain.mode[self.name] = "off"
+        if getattr(pl_module, "noise_ledger", None) is None:
+            pl_module.noise_ledger = SampleLedger(sizes.num_samples)
+        ledger = cast(SampleLedger, pl_module.noise_ledger)
+        if self.granularity == "epoch":
+            if getattr(pl_module, "feature_bank", None) is not None and chain.epoch_keep.keys() - {self.name}:
+                raise ValueError(
+                    "Only one filter of a run may have granularity='epoch'; use 'batch' for the other."
+                )
+            bank = FeatureBank(sizes.num_samples, sizes.embedding_dim)
+            bank.register_buffer("drawn", torch.ones(sizes.num_samples, dtype=torch.bool))
+            pl_module.feature_bank = bank
+            chain.epoch_keep[self.name] = lambda: ledger.keep
+            # the loader must be rebuilt so that Lightning knows the shorter epoch (validation, progress)
+            trainer.reload_dataloaders_every_n_epochs = 1
+        distributed.exempt_from_ddp_sync(pl_module)
+        self._quality = FilterQuality()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a restore: hand the last epoch decision to the sampler of the epoch to come."""
+        assert self._quality is not None
+        self._quality.to(pl_module.device)
+        if self.granularity == "epoch":
+            _tell_sampler(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the mode here too: Lightning leaves ``on_train_epoch_start`` out when it resumes mid-epoch."""
+        self._set_mode(trainer, pl_module)
+
+    # ---- life cycle -----------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch the filter on or off for this epoch."""
+        if self._set_mode(trainer, pl_module):
+            cast(NoiseFilter, _chain_of(pl_module)[self.name]).begin_epoch(trainer.current_epoch)
+
+    def _set_mode(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        active = trainer.current_epoch >= self.start_epoch
+        mode: Mode = self.granularity if active else "observe"
+        _chain_of(pl_module).mode[self.name] = mode
+        return active
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the filters learn from the batch; write ledger and bank."""
+        self._commit(trainer, pl_module)
+
+    def _commit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pending = _chain_of(pl_module).commit()
+        if pending is None:  # another filter callback of this run was first
+            return
+        ctx, selection = pending
+        suggested = selection.stats.get("suggested", selection.stats.get(f"{self.name}/suggested"))
+        cast(SampleLedger, pl_module.noise_ledger).record(
+            ctx.index, selection.weight, selection.score, suggested
+        )
+        bank = getattr(pl_module, "feature_bank", None)
+        if isinstance(bank, FeatureBank):
+            bank.write(ctx.index, ctx.embedding, trainer.current_epoch)
+        self._last = (ctx.index, selection)
+
+    _last: tuple[Tensor, Selection] | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log; after the last batch take the decision for the next epoch (before any checkpoint)."""
+        self._commit(trainer, pl_module)  # for steps without a backward pass
+        if self._last is not None:
+            self._log(trainer, pl_module, batch, *self._last)
+            self._last = None
+        if trainer.is_last_batch:
+            self._end_epoch(trainer, pl_module)
+
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch, part = trainer.current_epoch, cast(NoiseFilter, _chain_of(pl_module)[self.name])
+        if epoch >= self.start_epoch:
+            part.end_epoch(epoch)
+        due = epoch + 1 >= self.start_epoch and (epoch + 1 - self.start_epoch) % self.every_n_epochs == 0
+        if self.granularity == "epoch" and due:
+            self._decide(trainer, pl_module, part)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the quality of this epoch's decisions where the truth is known."""
+        assert self._quality is not None
+        if self.granularity == "epoch":
+            _tell_sampler(trainer, pl_module)
+        if self._quality.update_called:
+            values = self._quality.compute()
+            for key in ("precision", "recall", "auroc", "f1"):
+                pl_module.log(f"noise/{key}", torch.as_tensor(values[key], dtype=torch.float32))
+            self._quality.reset()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the per-sample ledger next to the checkpoints."""
+        first = next((c for c in _callbacks(trainer) if isinstance(c, NoiseFilterCallback)), self)
+        if self.save_ledger and first is self and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            ledger = cast(SampleLedger, pl_module.noise_ledger)
+            path = write_ledger(ledger, getattr(trainer, "datamodule", None), folder)
+            rank_zero_info(f"Per-sample noise ledger: {path}")
+
+    # ---- epoch decisions ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, part: NoiseFilter) -> None:
+        """Score the whole training set from the bank and write ``ledger.keep``."""
+        bank, ledger = cast(FeatureBank, pl_module.feature_bank), cast(SampleLedger, pl_module.noise_ledger)
+        label = _train_label(trainer).to(bank.embedding.device)
+        seen = bank.epoch_seen >= 0
+        score = torch.full((len(label),), torch.nan, device=label.device)
+        for rows in seen.nonzero(as_tuple=True)[0].split(_CHUNK):
+            ctx = FilterContext(bank.embedding[rows].float(), label[rows], rows, epoch=trainer.current_epoch)
+            score[rows] = part.score(ctx).float()
+            suggested = part.suggest(ctx)
+            if suggested is not None:
+                ledger.suggested[rows] = suggested
+        selection = part.select_scores(score)
+        ledger.keep.copy_(selection.keep)
+        ledger.last_score.copy_(torch.where(score.isnan(), ledger.last_score, score))
+        drawn = selection.keep.clone()
+        if self.max_age:
+            drawn |= trainer.current_epoch + 1 - bank.epoch_seen > self.max_age
+        cast(Tensor, bank.drawn).copy_(drawn)
+
+    # ---- logging --------------------------------------------------------------------------------
+
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
+    ) -> None:
+        pl_module.log("train/keep_rate", selection.keep.float().mean(), prog_bar=True, batch_size=len(index))
+        due = (
+            trainer.global_step + 1
+        ) % trainer.log_every_n_steps == 0  # reading the value waits for the GPU
+        if due and not bool(selection.threshold.isnan()):
+            pl_module.log(f"{self.name}/threshold", selection.threshold, batch_size=len(index))
+        clean = batch.get("clean_label") if isinstance(batch, dict) else None
+        if clean is None or self._quality is None:
+            return
+        sizes = distributed.gather_sizes(len(clean), clean.device)
+        own = selection.rows(distributed.own_rows(sizes))
+        self._quality.update(own.keep, clean != batch["label"], own.score)
+
+
+def _chain_of(pl_module: LightningModule) -> FilterChain:
+    """The module's filter chain; made on first use for modules that do not extend ours."""
+    chain = getattr(pl_module, "filters", None)
+    if chain is None:
+        chain = FilterChain()
+        pl_module.filters = chain
+    if not isinstance(chain, FilterChain):
+        raise TypeError(
+            f"{type(pl_module).__name__}.filters is a {type(chain).__name__}; noise callbacks need that "
+            "name: call your attribute otherwise."
+        )
+    return chain
+
+
+def _tell_sampler(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Tell the datamodule which samples the next epoch draws: kept ones, and dropped ones gone stale."""
+    target = getattr(getattr(trainer, "datamodule", None), "train_keep", None)
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            "granularity='epoch' needs a datamodule with a `train_keep` mask that its sampler obeys "
+            "(all datamodules of lightning_nrml have one); use granularity='batch' with this one."
+        )
+    target.copy_(cast(FeatureBank, pl_module.feature_bank).drawn)  # type: ignore[arg-type]
+
+
+def _train_label(trainer: Trainer) -> Tensor:
+    label = getattr(getattr(trainer, "datamodule", None), "train_label", None)
+    if not isinstance(label, Tensor):
+        raise TypeError("granularity='epoch' needs a datamodule with a `train_label` (N,) tensor.")
+    return label
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]

@@ -1,0 +1,190 @@
+"""The filters of one module, and the one function that runs them.
+
+``FilterChain`` gathers the batch over ranks, asks every active filter, multiplies their weights and
+hands each rank its own rows back; after the backward pass ``commit`` lets the filters learn from the
+batch. It is the bridge between rank-local training code and filters that know nothing of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrml import distributed
+from lightning_nrml.filters.base import NoiseFilter
+from lightning_nrml.types import FilterContext, Selection
+
+Mode = Literal["off", "observe", "batch", "epoch"]
+
+#: Attributes that the noise callbacks add to a module; their state may be absent or left over.
+ATTACHED = ("filters", "noise_ledger", "feature_bank")
+
+
+def gathered_context(
+    *,
+    embedding: Tensor,
+    label: Tensor,
+    index: Tensor,
+    logits: Tensor | None = None,
+    per_sample_loss: Tensor | None = None,
+    epoch: int = 0,
+    step: int = 0,
+) -> tuple[FilterContext, slice]:
+    """The global batch as filters see it, and where this rank's rows lie in it.
+
+    Args:
+        embedding: ``(B, D)`` rows of this rank, any scale and dtype; ranks may hold unequal B.
+        label, index, logits, per_sample_loss, epoch, step: see :class:`FilterContext`.
+    """
+    sizes = distributed.gather_sizes(label.shape[0], label.device)
+
+    def collect(x: Tensor | None) -> Tensor | None:
+        return None if x is None else distributed.gather(x, sizes=sizes)
+
+    z = distributed.gather(embedding.detach().float(), sizes=sizes)
+    ctx = FilterContext(
+        embedding=F.normalize(z, dim=1),
+        label=distributed.gather(label, sizes=sizes),
+        index=distributed.gather(index, sizes=sizes),
+        logits=collect(logits),
+        per_sample_loss=collect(per_sample_loss),
+        epoch=epoch,
+        step=step,
+    )
+    return ctx, distributed.own_rows(sizes)
+
+
+class FilterChain(nn.ModuleDict):
+    """Ordered filters of a module by name; their weights multiply.
+
+    ``mode[name]`` is set by the callback that owns the filter: ``"observe"`` only fills memories,
+    ``"batch"`` decides in every step, ``"epoch"`` applies the decision of the last whole-set pass,
+    which ``epoch_keep[name]()`` returns as a ``(N,)`` bool tensor by dataset index.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode: dict[str, Mode] = {}
+        self.epoch_keep: dict[str, Callable[[], Tensor]] = {}
+        self.pending: tuple[FilterContext, Selection] | None = None
+
+    def named_filters(self) -> Iterator[tuple[str, NoiseFilter]]:
+        """The filters that are switched on in any mode, in order."""
+        for name, part in self.items():
+            if self.mode.get(name, "off") != "off":
+                assert isinstance(part, NoiseFilter)
+                yield name, part
+
+    def select(self, ctx: FilterContext) -> Selection:
+        """Decide on a gathered batch; remembers it for :meth:`commit`."""
+        total = Selection.keep_all(ctx.label)
+        for name, part in self.named_filters():
+            mode = self.mode[name]
+            if mode == "batch":
+                total = _combine(total, self._ask(name, part, ctx), name)
+            elif mode == "epoch":
+                keep = self.epoch_keep[name]()[ctx.index]
+                total = _combine(total, replace(Selection.keep_all(ctx.label), weight=keep.float()), name)
+        self.pending = (ctx, total)
+        return total
+
+    @staticmethod
+    def _ask(name: str, part: NoiseFilter, ctx: FilterContext) -> Selection:
+        for field in part.requires:
+            if getattr(ctx, field) is None:
+                raise ValueError(
+                    f"The filter '{name}' ({type(part).__name__}) needs `{field}`, but the module's step "
+                    f"gives none: use a loss with a classifier or proxies, or pass {field}= to select()."
+                )
+        with torch.no_grad():
+            return part.select(ctx)
+
+    @torch.no_grad()
+    def commit(self) -> tuple[FilterContext, Selection] | None:
+        """Let the filters learn from the batch of the last ``select``; returns that batch, once."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            for _, part in self.named_filters():
+                part.update(*pending)
+        return pending
+
+
+def _combine(first: Selection, second: Selection, name: str) -> Selection:
+    """Product of the weights; scores add (log-probabilities), a missing opinion counts as none."""
+    score = torch.where(
+        first.score.isnan(), second.score, first.score + torch.nan_to_num(second.score, nan=0.0)
+    )
+    pair = second.pair_weight
+    if first.pair_weight is not None:
+        pair = first.pair_weight if pair is None else first.pair_weight * pair
+    stats = {**first.stats, **{f"{name}/{k}": v for k, v in second.stats.items()}}
+    threshold = second.threshold if first.threshold.isnan() else first.threshold
+    return Selection(first.weight * second.weight, score, threshold, stats, pair)
+
+
+def select(
+    module: nn.Module,
+    *,
+    embedding: Tensor,
+    label: Tensor,
+    index: Tensor,
+    logits: Tensor | None = None,
+    per_sample_loss: Tensor | None = None,
+    epoch: int | None = None,
+    step: int | None = None,
+) -> Selection:
+    """Ask the noise filters attached to *any* LightningModule which rows of this batch to trust.
+
+    Call it in ``training_step`` and weight the loss with ``selection.weight``; the filter callback
+    (``PRISM(...)`` in ``Trainer(callbacks=...)``) does the rest. Without filters all weights are 1.
+
+    Args:
+        module: the module that the callback attached its filter to (``self``).
+        embedding: ``(B, D)``, any scale; no gradient flows through the filter.
+        label: ``(B,)`` given labels.
+        index: ``(B,)`` positions in the training set.
+        logits: ``(B, C)``, for filters that need a posterior.
+        per_sample_loss: ``(B,)``, for filters that look at the loss.
+        epoch, step: taken from ``module`` when it is a LightningModule.
+
+    Returns:
+        The decision on this rank's rows.
+    """
+    chain = getattr(module, "filters", None)
+    if not isinstance(chain, FilterChain) or not module.training or not any(chain.named_filters()):
+        return Selection.keep_all(label)
+    counters: Any = module
+    ctx, rows = gathered_context(
+        embedding=embedding,
+        label=label,
+        index=index,
+        logits=logits,
+        per_sample_loss=per_sample_loss,
+        epoch=getattr(counters, "current_epoch", 0) if epoch is None else epoch,
+        step=getattr(counters, "global_step", 0) if step is None else step,
+    )
+    return chain.select(ctx).rows(rows)
+
+
+def tolerate_absent_filters(module: nn.Module) -> None:
+    """Let ``module`` load a checkpoint that holds filter state although no filter is attached now.
+
+    Removes exactly the entries of the noise callbacks (``filters.*``, ``noise_ledger.*``,
+    ``feature_bank.*``) that have no owner; any other unexpected key still raises.
+    """
+    if getattr(module, "_nrml_tolerant", False):
+        return
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        owned = {prefix + key for key in module.state_dict()}
+        heads = tuple(f"{prefix}{name}." for name in ATTACHED)
+        for key in [k for k in state if k.startswith(heads) and k not in owned]:
+            del state[key]
+
+    module.register_load_state_dict_pre_hook(drop)
+    module._nrml_tolerant = True  # type: ignore[assignment]

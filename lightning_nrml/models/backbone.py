@@ -1,0 +1,90 @@
+"""Backbones: any timm name, or our small nets, as feature extractors."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from lightning_nrml.models import small as small  # registers conv4 with timm
+
+
+def create_backbone(
+    name: str, in_channels: int = 3, pretrained: bool = False, kwargs: dict[str, Any] | None = None
+) -> tuple[nn.Module, int]:
+    """Build a timm model without its classifier.
+
+    Args:
+        name: any name of ``timm.list_models()``, or ``conv4``.
+        in_channels: number of image bands.
+        pretrained: load timm's weights (needs network or a local cache).
+        kwargs: passed to the model, e.g. ``{"img_size": 64}`` for a ViT.
+
+    Returns:
+        The model, ``(B, in_channels, H, W) -> (B, num_features)``, and ``num_features``.
+
+    Raises:
+        ValueError: unknown name; names the nearest ones.
+    """
+    if not timm.is_model(name.split(".")[0]) and ":" not in name:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise ValueError(f"backbone '{name}' is not a timm model.{hint}")
+    model: Any = timm.create_model(
+        name, pretrained=pretrained, in_chans=in_channels, num_classes=0, **(kwargs or {})
+    )
+    features = getattr(model, "head_hidden_size", None) or model.num_features
+    return model, int(features)
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
+
+    Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
+    torch files. A name is taken as it is, or with ``backbone.`` put before it. Names of other parts
+    (projectors, filters, memories) are left out only for Lightning checkpoints.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: nothing fits, or a name or shape does not fit; lists the first ones.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"init_weights: there is no file '{path}'.")
+    state, lenient = _read_state(path)
+    target = module.state_dict()
+    found: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, value in state.items():
+        full = next((n for n in (name, f"backbone.{name}") if n in target), None)
+        if full is None:
+            if not lenient:
+                wrong.append(f"{name} (not in the model)")
+        elif target[full].shape != value.shape:
+            wrong.append(
+                f"{name} ({tuple(value.shape)} in the file, {tuple(target[full].shape)} in the model)"
+            )
+        else:
+            found[full] = value
+    if wrong or not found:
+        shown = ", ".join(wrong[:5]) or "no name in common"
+        raise ValueError(
+            f"init_weights '{path}' does not fit the model: {shown}. Use the backbone, backbone_kwargs, "
+            "in_channels and embedding_dim that the file was made with."
+        )
+    module.load_state_dict(found, strict=False)
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as data:
+            return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
+    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    if isinstance(loaded, dict) and "state_dict" in loaded:
+        return dict(loaded["state_dict"]), True
+    return dict(loaded), False

@@ -1,0 +1,104 @@
+"""Supervised deep metric learning, with an optional cross-batch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrml.losses import ContrastiveLoss, CrossBatchContrastiveLoss, Loss
+from lightning_nrml.memory import FeatureQueue
+from lightning_nrml.models import create_head
+from lightning_nrml.models.heads import HeadName
+from lightning_nrml.modules.base import EmbeddingModule
+from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
+
+
+class MetricLearning(EmbeddingModule):
+    """Backbone, embedding head and any loss on (embedding, label, weight).
+
+    With ``memory_size > 0`` the embeddings of earlier batches serve as further partners (cross-batch
+    memory, Wang et al., CVPR 2020, arXiv 1912.06798; the MCL loss of PRISM, CVPR 2021, eq. 9-10):
+    total = loss(batch) + memory_weight * memory_loss(batch against memory). Rows that a filter drops
+    take part in neither and never enter the memory.
+
+    Args:
+        backbone: see :class:`EmbeddingModule`, as are all arguments not listed here.
+        embedding_dim: size of the embedding; ``head="none"`` takes the backbone's features.
+        head: ``linear``, ``mlp`` or ``none``.
+        num_classes: number of training classes (linked to the data by the command line); only checked.
+        loss: any :class:`~lightning_nrml.losses.Loss`; default ``ContrastiveLoss(0.5)``.
+        memory_size: rows of the memory; 0 switches it off.
+        memory_weight: weight of the memory loss.
+        memory_margin: negative margin of the memory loss.
+        memory_start: optimiser steps before the memory loss counts (it fills from the start).
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        backbone_kwargs: dict[str, Any] | None = None,
+        in_channels: int = 3,
+        pretrained: bool = False,
+        embedding_dim: int = 128,
+        head: HeadName = "linear",
+        num_classes: int | None = None,
+        loss: Loss | None = None,
+        memory_size: int = 0,
+        memory_weight: float = 1.0,
+        memory_margin: float = 0.5,
+        memory_start: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
+        self.head = create_head(head, self.num_features, embedding_dim)
+        self.loss: Loss = ContrastiveLoss() if loss is None else loss
+        self.memory = FeatureQueue(memory_size, embedding_dim) if memory_size else None
+        self.memory_loss = CrossBatchContrastiveLoss(memory_margin)
+        self.memory_weight, self.memory_start = memory_weight, memory_start
+        self.num_classes = num_classes
+        self._embedding_dim = embedding_dim
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the embedding."""
+        return self._embedding_dim
+
+    @property
+    def has_memory(self) -> bool:
+        """True if a cross-batch memory is used."""
+        return self.memory is not None
+
+    def loss_parameters(self) -> Iterable[nn.Parameter]:
+        """Class weights or proxies of the loss, if it has any."""
+        return self.loss.parameters()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, embedding_dim)`` unit rows."""
+        return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Embed the batch; the loss is evaluated after the filters have spoken."""
+        z, label = self.head(self.backbone(batch["image"])), batch["label"]
+        logits = self.loss.logits(z)
+
+        def loss_fn(weight: Tensor | None) -> dict[str, Tensor]:
+            batch_loss = self.loss(z, label, weight)
+            if self.memory is None or self.global_step < self.memory_start:
+                return {"loss": batch_loss}
+            kept_rows, kept_label = self.memory.get()
+            memory_loss = self.memory_loss(z, label, kept_rows, kept_label, weight)
+            total = batch_loss + self.memory_weight * memory_loss
+            return {"loss": total, "batch_loss": batch_loss, "memory_loss": memory_loss}
+
+        return StepOutput(z, label, batch["index"], logits=logits, loss_fn=loss_fn)
+
+    def remember(self, ctx: FilterContext, selection: Selection) -> None:
+        """Enqueue the kept rows of the gathered batch."""
+        assert self.memory is not None or not self.has_memory
+        if self.memory is not None:
+            keep = selection.keep & torch.isfinite(ctx.embedding).all(dim=1)
+            self.memory.enqueue(ctx.embedding[keep], ctx.label[keep], ctx.index[keep])

@@ -1,0 +1,120 @@
+"""A thin factory: timm's optimisers by name, torch's schedulers for warm-up and decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimiser settings.
+
+    Args:
+        name: any timm optimiser name (``adam``, ``adamw``, ``sgd``, ``lamb``, ``lars``, ...).
+        lr: peak learning rate, as it is: nothing is scaled behind your back.
+        weight_decay: applied to weights; to biases and norm scales only if ``decay_all``.
+        momentum: for those that have one (SGD, LARS).
+        loss_lr: learning rate of the loss's own parameters (class weights, proxies); default ``lr``.
+        loss_weight_decay: weight decay of those parameters.
+        decay_all: also decay biases and norm parameters.
+        kwargs: passed to the optimiser.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    loss_lr: float | None = None
+    loss_weight_decay: float = 0.0
+    decay_all: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule, advanced once per optimiser step.
+
+    Args:
+        name: ``cosine`` (to ``min_lr_ratio`` at the last step) or ``constant``, after the warm-up.
+        warmup_steps: optimiser steps of linear warm-up; a number below 1 is a share of all steps.
+        min_lr_ratio: final over peak learning rate.
+    """
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: float = 0.05
+    min_lr_ratio: float = 0.0
+
+
+def create_optimizer(
+    config: OptimizerConfig, model: nn.Module, loss_parameters: Iterable[nn.Parameter] = ()
+) -> Optimizer:
+    """Optimiser over ``model``'s trainable parameters, the loss's own ones in a group of their own.
+
+    Raises:
+        ValueError: unknown optimiser name.
+    """
+    special = {id(p): p for p in loss_parameters if p.requires_grad}
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for p in model.parameters():
+        if p.requires_grad and id(p) not in special:
+            (plain if p.ndim <= 1 and not config.decay_all else decay).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": list(special.values()),
+            "lr": config.lr if config.loss_lr is None else config.loss_lr,
+            "weight_decay": config.loss_weight_decay,
+        },
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizer: Optimizer = create_optimizer_v2(
+        groups,
+        opt=config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **config.kwargs,
+    )
+    return optimizer
+
+
+def create_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Linear warm-up, then cosine or constant; ``T_max`` counts the steps after the warm-up only.
+
+    Args:
+        config: the schedule.
+        optimizer: its parameter groups may have different peak rates.
+        total_steps: optimiser steps of the whole run.
+
+    Raises:
+        ValueError: negative warm-up, or one that is not shorter than the run.
+    """
+    if config.warmup_steps < 0:
+        raise ValueError(f"schedule.warmup_steps is {config.warmup_steps}: give 0 or more.")
+    share = config.warmup_steps < 1
+    warmup = int(config.warmup_steps * total_steps) if share else int(config.warmup_steps)
+    if warmup >= max(total_steps, 1) and warmup > 0:
+        raise ValueError(
+            f"schedule.warmup_steps is {warmup} but the run has only {total_steps} optimiser steps: "
+            "lower it, or train longer."
+        )
+    after = max(total_steps - warmup, 1)
+    main: LRScheduler
+    if config.name == "cosine":
+        base = max(float(g["lr"]) for g in optimizer.param_groups)
+        main = CosineAnnealingLR(optimizer, T_max=after, eta_min=base * config.min_lr_ratio)
+    else:
+        main = ConstantLR(optimizer, factor=1.0, total_iters=0)
+    if warmup == 0:
+        return main
+    start = LinearLR(optimizer, start_factor=1.0 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [start, main], milestones=[warmup])

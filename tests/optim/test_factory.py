@@ -1,0 +1,81 @@
+"""Parameter groups and the exact learning-rate curve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nrml.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
+
+
+def _net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+
+
+def test_biases_and_norms_are_not_decayed_and_loss_has_its_own_rate() -> None:
+    net, proxies = _net(), nn.Parameter(torch.zeros(5, 2))
+    net.register_parameter("proxies", proxies)
+    config = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01, loss_lr=1.0)
+    groups = create_optimizer(config, net, [proxies]).param_groups
+    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [
+        (2, 0.1, 0.01),
+        (3, 0.1, 0.0),
+        (1, 1.0, 0.0),
+    ]
+
+
+def test_decay_all_and_frozen_parameters() -> None:
+    net = _net()
+    net[0].weight.requires_grad_(False)
+    groups = create_optimizer(OptimizerConfig(decay_all=True, weight_decay=0.3), net).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(4, 0.3)]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars", "lamb"])
+def test_every_optimiser_descends(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 1), torch.randn(64, 6)
+    y = x @ torch.arange(6.0)[:, None]
+    optimizer = create_optimizer(OptimizerConfig(name=name, lr=0.02), net)
+    losses = []
+    for _ in range(30):
+        loss = (net(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def _curve(config: ScheduleConfig, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = create_schedule(config, optimizer, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return [*rates, optimizer.param_groups[0]["lr"]]
+
+
+def test_warm_up_then_cosine_to_zero() -> None:
+    rates = _curve(ScheduleConfig(warmup_steps=4), 24)
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[14] == pytest.approx(1.0)  # half way through the 20 cosine steps
+    expected = [1 + math.cos(math.pi * t / 20) for t in range(21)]
+    assert rates[4:] == pytest.approx(expected, abs=1e-6)
+
+
+def test_share_of_steps_constant_and_floor() -> None:
+    assert _curve(ScheduleConfig("constant", 0.25), 8)[2:] == pytest.approx([2.0] * 7)
+    assert _curve(ScheduleConfig("cosine", 0, min_lr_ratio=0.1), 10)[-1] == pytest.approx(0.2)
+
+
+def test_warm_up_longer_than_the_run_is_refused() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match="only 10 optimiser steps"):
+        create_schedule(ScheduleConfig(warmup_steps=10), optimizer, 10)
+    with pytest.raises(ValueError, match="give 0 or more"):
+        create_schedule(ScheduleConfig(warmup_steps=-1), optimizer, 10)
