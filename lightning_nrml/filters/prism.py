@@ -8,16 +8,17 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_nrml.filters.base import NoiseFilter
 from lightning_nrml.filters.vmf import concentration, log_normalizer
 from lightning_nrml.types import FilterContext, Selection
 
-# Class sums are kept as int64 multiples of 2^-38. Adding a row and subtracting it again is then exact:
-# sums never drift, do not depend on the order of additions (so they are equal on all ranks), and equal
-# rebuilt ones bit for bit. A class of 2^24 unit rows still fits.
-_FIXED_POINT = 2.0**38
-_MAX_MEMORY = 2**24
+# Rows enter the memory rounded to multiples of 2^-30, finer than float32 resolves unit rows where it
+# matters. Float64 sums of up to 2^23 such rows are exact: adding and taking off rows never drifts, does
+# not depend on the order of additions (equal on all ranks), and equals a rebuilt sum bit for bit.
+_GRID = 2.0**30
+_MAX_MEMORY = 2**23
 
 
 class PRISM(NoiseFilter):
@@ -72,9 +73,9 @@ class PRISM(NoiseFilter):
     Attributes:
         memory: ``(M, D)`` float32 unit rows. memory_label: ``(M,)`` int64, -1 = empty.
         centers: ``(C, D)`` float32, zero without rows. filled: ``(C,)`` bool, has a centre.
-        class_sum: ``(C, D)`` int64 in units of 2^-38. class_count: ``(C,)`` rows per class.
-        window_values: ``(window,)`` float64, last thresholds as ``log P_clean``, NaN = empty.
-        pointer, count, window_pointer, steps: 0-d int64: next row, rows in use, next window slot, updates.
+        class_sum: ``(C, D)`` float64, sum of each class's rows. class_count: ``(C,)`` int64, their number.
+        window_values: ``(window,)`` float64, last thresholds as ``log P_clean``, newest last, NaN = empty.
+        pointer, count, steps: 0-d int64: next row to write, rows in use, updates so far.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -92,7 +93,6 @@ class PRISM(NoiseFilter):
     window_values: Tensor
     pointer: Tensor
     count: Tensor
-    window_pointer: Tensor
     steps: Tensor
 
     def __init__(
@@ -136,10 +136,10 @@ class PRISM(NoiseFilter):
         self.register_buffer("memory_label", torch.full((memory_size,), -1))
         self.register_buffer("centers", torch.zeros(num_classes, embedding_dim))
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("class_sum", torch.zeros(num_classes, embedding_dim, dtype=torch.int64))
+        self.register_buffer("class_sum", torch.zeros(num_classes, embedding_dim, dtype=torch.float64))
         self.register_buffer("class_count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("window_values", torch.full((window,), torch.nan, dtype=torch.float64))
-        for name in ("pointer", "count", "window_pointer", "steps"):
+        for name in ("pointer", "count", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     # -- scores -------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class PRISM(NoiseFilter):
     def score(self, ctx: FilterContext) -> Tensor:
         """``(B,)`` float32 ``log P_clean``; NaN where the class has no centre or the row is not finite."""
         rows, finite = self._unit_rows(ctx)
-        return self._log_prob(rows, finite, ctx.label).float()
+        return self._log_prob(rows, finite & self.filled[ctx.label], ctx.label).float()
 
     @torch.no_grad()
     def suggest(self, ctx: FilterContext) -> Tensor:
@@ -173,15 +173,14 @@ class PRISM(NoiseFilter):
                     "set num_classes of the filter to the number of classes of the training set."
                 )
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        finite = norm.isfinite()
-        return torch.where(finite, rows / norm.clamp_min(1e-12), 0.0), finite.squeeze(1)
+        finite = norm < torch.inf  # False for NaN, too
+        return (rows / norm.clamp_min_(1e-12)).nan_to_num_(nan=0.0), finite.squeeze(1)
 
     def _class_scores(self, rows: Tensor) -> Tensor:
         """Log-scores ``s`` ``(B, C)``; classes without a centre are -inf unless they are to be counted."""
         with _full_precision(rows):
             if self.similarity == "avg":
-                bias = torch.zeros_like(self.centers[:, 0])
-                slope = self.centers
+                bias, slope = self.centers.new_zeros(()), self.centers
             else:
                 centers = self.centers.double()
                 rbar = torch.linalg.vector_norm(centers, dim=1)
@@ -189,22 +188,23 @@ class PRISM(NoiseFilter):
                 bias = log_normalizer(kappa, self.embedding_dim)
                 slope = centers * (kappa / rbar.clamp_min(1e-12)).unsqueeze(1)
             if not self.count_empty_classes:
-                bias = bias.masked_fill(~self.filled, -torch.inf)
+                bias = torch.where(self.filled, bias, -torch.inf)
             return torch.addmm(bias, rows.to(slope.dtype), slope.T)
 
-    def _log_prob(self, rows: Tensor, finite: Tensor, label: Tensor) -> Tensor:
-        """``log P_clean`` ``(B,)`` in float64, NaN without an opinion."""
+    def _log_prob(self, rows: Tensor, known: Tensor, label: Tensor) -> Tensor:
+        """``log P_clean`` ``(B,)`` in float64, NaN where not ``known``."""
         scores = self._class_scores(rows)
-        given = scores.gather(1, label.unsqueeze(1)).squeeze(1).double()
+        column = label.unsqueeze(1)
+        given = scores.gather(1, column).squeeze(1).double()
         if self.similarity == "avg":
-            # |s| <= 1: the exponential needs no shift by the maximum
-            log_prob = given - scores.exp_().sum(dim=1).double().log()
-            log_prob = log_prob.clamp_max(0.0)
+            # |s| <= 1, so the exponential needs no shift; with two classes or more log P is below -0.12,
+            # so hardshrink only makes the 0 of a single class exact
+            log_prob = hardshrink(given - scores.exp_().sum(dim=1).double().log_(), 1e-3)
         else:
             # log-odds against all other classes first: 1 - P may be far below the float64 epsilon
-            others = scores.scatter_(1, label.unsqueeze(1), -torch.inf).logsumexp(dim=1)
+            others = scores.scatter_(1, column, -torch.inf).logsumexp(dim=1)
             log_prob = -torch.logaddexp(others - given, torch.zeros_like(given))
-        return log_prob.masked_fill(~(finite & self.filled[label]), torch.nan)
+        return log_prob.masked_fill_(~known, torch.nan)
 
     # -- decisions ----------------------------------------------------------------------------------
 
@@ -216,26 +216,30 @@ class PRISM(NoiseFilter):
             Weights 0/1 and scores ``(B,)``; ``threshold`` is the ``log P_clean`` that had to be passed
             (NaN if none applied). ``stats``: ``unknown`` and ``nonfinite`` ``(B,)`` bool, ``quantile``
             this batch's own ``log Q``, ``fallback`` whether the plain TRM rule was used, ``filled`` the
-            share of classes with a centre (all 0-d).
+            number of classes with a centre (all 0-d).
         """
         rows, finite = self._unit_rows(ctx)
-        log_prob = self._log_prob(rows, finite, ctx.label)
-        known = ~log_prob.isnan()
-        ranked_out, quantile, applies = self._rank(log_prob, ctx.index)
-        applies = applies & (self.steps >= self.warmup_steps)
-        self._push(quantile, applies & (quantile < 0))
-        mean = self._window_threshold()
-        above = known & (log_prob > mean)
-        fallback = applies & ~above.any()
-        self._cut_window(fallback)
-        drop = torch.where(fallback, ranked_out, known & ~above) & applies
-        threshold = torch.where(fallback, quantile, mean).masked_fill(~applies, torch.nan)
+        known = finite & self.filled[ctx.label]
+        log_prob = self._log_prob(rows, known, ctx.label)
+        remove, quantile = self._quantile(log_prob, known)
+        if self.warmup_steps:
+            quantile = quantile.masked_fill(self.steps < self.warmup_steps, torch.nan)
+        self._push(quantile)
+        # NaN compares false on either side: without a threshold or an opinion nothing is dropped
+        applies = quantile <= 0
+        threshold = torch.where(applies, self._window_threshold(), torch.nan)
+        fallback = applies & ~(log_prob > threshold).any()
+        drop = log_prob <= threshold
+        if not (fallback.is_cpu and not fallback):  # only the CPU may look; a GPU would have to wait
+            drop = torch.where(fallback, self._lowest(log_prob, ctx.index, remove), drop)
+            threshold = torch.where(fallback, quantile, threshold)
+            self.window_values[:-1].masked_fill_(fallback, torch.nan)
         stats = {
             "unknown": finite & ~known,
             "nonfinite": ~finite,
             "quantile": quantile.float(),
             "fallback": fallback,
-            "filled": self.filled.float().mean(),
+            "filled": self.filled.sum(),
         }
         return Selection((finite & ~drop).float(), log_prob.float(), threshold.float(), stats)
 
@@ -246,48 +250,40 @@ class PRISM(NoiseFilter):
         ``n`` counts the samples with an opinion; NaN is kept. Ties are broken by position, and a sample
         of ``P_clean`` exactly 1 is never dropped. The window is neither used nor changed.
         """
-        drop, quantile, applies = self._rank(score, torch.arange(len(score), device=score.device))
-        threshold = quantile.masked_fill(~applies, torch.nan).float()
-        return Selection((~drop).float(), score.float(), threshold, {"unknown": score.isnan()})
+        unknown = score.isnan()
+        remove, quantile = self._quantile(score, ~unknown)
+        drop = self._lowest(score, torch.arange(len(score), device=score.device), remove)
+        return Selection((~drop).float(), score.float(), quantile.float(), {"unknown": unknown})
 
-    def _rank(self, log_prob: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The ``r = int(R n)`` lowest as a mask ``(B,)``, ``log Q`` (NaN if ``r = 0``), and ``r > 0``."""
-        known = ~log_prob.isnan()
-        value = torch.where(known, log_prob, torch.inf)
+    def _quantile(self, log_prob: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """``r = int(R n)`` and ``log Q``, the ``r``-th smallest (NaN if ``r = 0``), both 0-d."""
+        # a float64 product, truncated: the same integer as Python's int(R * n)
+        remove = (known.sum(dtype=torch.float64) * self.noise_rate).long()
+        # sort puts NaN last; the NaN in front serves r = 0
+        padded = torch.cat([log_prob.new_full((1,), torch.nan), log_prob.sort().values])
+        return remove, padded.take(remove)
+
+    def _lowest(self, log_prob: Tensor, index: Tensor, remove: Tensor) -> Tensor:
+        """Mask ``(B,)`` of the ``r`` lowest, ties by dataset index; never a row of ``P_clean = 1``."""
         by_index = index.argsort(stable=True)
-        ordered, within = value[by_index].sort(stable=True)
-        rank = torch.empty_like(index)
-        rank[by_index[within]] = torch.arange(len(index), device=index.device)
-        # float64 product, truncated: the same integer as Python's int(R * n)
-        remove = (known.sum().double() * self.noise_rate).long()
-        applies = remove > 0
-        if len(index) == 0:
-            return known, torch.full_like(log_prob.sum(), torch.nan), applies
-        quantile = ordered[(remove - 1).clamp_min(0)].masked_fill(~applies, torch.nan)
-        return (rank < remove) & (value < 0), quantile, applies
+        ordered, within = log_prob[by_index].sort(stable=True)
+        place = torch.arange(len(index), device=index.device)
+        lowest = (place < remove) & (ordered < 0)
+        return torch.empty_like(lowest).index_copy_(0, by_index[within], lowest)
 
-    def _push(self, quantile: Tensor, wanted: Tensor) -> None:
-        """Append ``log Q`` to the window if ``wanted``, without asking the device."""
-        slot = self.window_pointer.unsqueeze(0)
-        old = self.window_values.index_select(0, slot)
-        self.window_values.index_copy_(0, slot, torch.where(wanted, quantile.double(), old))
-        self.window_pointer.copy_((self.window_pointer + wanted) % self.window)
-
-    def _cut_window(self, wanted: Tensor) -> None:
-        """Forget all but the last threshold if ``wanted``."""
-        last = (self.window_pointer - 1) % self.window
-        older = torch.arange(self.window, device=last.device) != last
-        self.window_values.masked_fill_(older & wanted, torch.nan)
+    def _push(self, quantile: Tensor) -> None:
+        """Append ``log Q`` to the window, newest last, unless it is NaN or says ``P_clean = 1``."""
+        shifted = torch.cat([self.window_values[1:], quantile.double().unsqueeze(0)])
+        self.window_values.copy_(torch.where(quantile < 0, shifted, self.window_values))
 
     def _window_threshold(self) -> Tensor:
         """The smoothed threshold as ``log P_clean``, NaN (above nothing) while the window is empty."""
         values = self.window_values
         if self.similarity == "vmf":
             return values.nanmedian()
-        valid = ~values.isnan()
         # shifted by the maximum, so that equal values (window = 1) come back bit for bit
-        top = torch.where(valid, values, -torch.inf).amax()
-        return top + (torch.where(valid, (values - top).exp(), 0.0).sum() / valid.sum()).log()
+        top = values.nan_to_num(nan=-torch.inf).amax()
+        return (values - top).exp_().nanmean().log_() + top
 
     # -- memory -------------------------------------------------------------------------------------
 
@@ -296,9 +292,9 @@ class PRISM(NoiseFilter):
         """Write the kept, finite rows into the ring, oldest rows first to go, and refresh their centres."""
         rows, finite = self._unit_rows(ctx)
         keep = selection.keep.to(rows.device) & finite
-        for start in range(0, len(rows), self.memory_size):
-            part = slice(start, start + self.memory_size)
-            self._write(rows[part], ctx.label[part], keep[part])
+        chunks = (x.split(self.memory_size) for x in (rows, ctx.label, keep))
+        for part in zip(*chunks, strict=True):
+            self._write(*part)
         self.steps.add_(1)
 
     def _write(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
@@ -307,27 +303,28 @@ class PRISM(NoiseFilter):
         place = torch.arange(len(rows), device=rows.device)
         kept = keep.sum()
         fresh = place < kept
-        slot = (self.pointer + place) % self.memory_size
-        old, old_label = self.memory[slot], self.memory_label[slot]
-        new = torch.where(fresh.unsqueeze(1), rows[order], old)
-        new_label = torch.where(fresh, label[order], old_label)
+        slot = (self.pointer + place).remainder_(self.memory_size)
+        old, old_label = self.memory.index_select(0, slot), self.memory_label.index_select(0, slot)
+        new = rows.index_select(0, order).mul_(_GRID).round_().div_(_GRID)
+        new = torch.where(fresh.unsqueeze(1), new, old)
+        new_label = torch.where(fresh, label.index_select(0, order), old_label)
         self.memory.index_copy_(0, slot, new)
         self.memory_label.index_copy_(0, slot, new_label)
-        self.pointer.copy_((self.pointer + kept) % self.memory_size)
-        self.count.copy_((self.count + kept).clamp_max(self.memory_size))
+        self.pointer.add_(kept).remainder_(self.memory_size)
+        self.count.add_(kept).clamp_max_(self.memory_size)
 
         labels = torch.cat([old_label, new_label])
-        one = (labels >= 0).long()
-        one[: len(rows)].neg_()
-        classes = labels.clamp_min(0)  # empty rows are zero and count 0, whatever the class
-        self.class_sum.index_add_(0, classes, torch.cat([-_fixed(old), _fixed(new)]))
-        self.class_count.index_add_(0, classes, one)
+        sign = (labels >= 0).long()  # an empty row is zero and counts 0, whatever class we put it in
+        sign[: len(rows)].neg_()
+        classes = labels.clamp_min_(0)
+        self.class_sum.index_add_(0, classes, torch.cat([-old, new]).double())
+        self.class_count.index_add_(0, classes, sign)
         self._refresh(classes)
 
     def _refresh(self, classes: Tensor) -> None:
         """Recompute the centres of these classes from the running sums; repeats are harmless."""
-        rows = self.class_count[classes]
-        mean = self.class_sum[classes].double() / (rows.clamp_min(1) * _FIXED_POINT).unsqueeze(1)
+        rows = self.class_count.index_select(0, classes)
+        mean = self.class_sum.index_select(0, classes).div_(rows.clamp_min(1).unsqueeze(1))
         self.centers.index_copy_(0, classes, mean.float())
         self.filled.index_copy_(0, classes, rows > 0)
 
@@ -336,7 +333,7 @@ class PRISM(NoiseFilter):
         """Recompute sums and centres from the memory; needed only after editing the memory by hand."""
         used = self.memory_label >= 0
         classes = self.memory_label.clamp_min(0)
-        self.class_sum.zero_().index_add_(0, classes, _fixed(self.memory) * used.unsqueeze(1))
+        self.class_sum.zero_().index_add_(0, classes, self.memory.double() * used.unsqueeze(1))
         self.class_count.zero_().index_add_(0, classes, used.long())
         self._refresh(torch.arange(self.num_classes, device=classes.device))
 
@@ -356,11 +353,6 @@ class PRISM(NoiseFilter):
             f"similarity={self.similarity!r}, warmup_steps={self.warmup_steps}, "
             f"count_empty_classes={self.count_empty_classes}"
         )
-
-
-def _fixed(rows: Tensor) -> Tensor:
-    """Unit rows as int64 multiples of 2^-38 (the float32 product is exact)."""
-    return (rows * _FIXED_POINT).long()
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[None]:
