@@ -14,10 +14,24 @@ from lightning_nrml.data.views.geometry import (
     Resize,
     VerticalFlip,
 )
-from lightning_nrml.data.views.recipes import EvalView, MetricView, eval_view, metric_view
+from lightning_nrml.data.views.recipes import (
+    BYOLViews,
+    EvalView,
+    MetricView,
+    MoCoViews,
+    MultiCropViews,
+    SimCLRViews,
+    byol_views,
+    eval_view,
+    metric_view,
+    moco_views,
+    multicrop_views,
+    simclr_views,
+)
 from lightning_nrml.data.views.rng import Draws, ViewKey, counter_uniform
 
 __all__ = [
+    "BYOLViews",
     "BandJitter",
     "ColorJitter",
     "Draws",
@@ -26,16 +40,23 @@ __all__ = [
     "Grayscale",
     "HorizontalFlip",
     "MetricView",
+    "MoCoViews",
+    "MultiCropViews",
     "RandomAffine",
     "RandomErasing",
     "RandomResizedCrop",
     "Resize",
+    "SimCLRViews",
     "Solarize",
     "VerticalFlip",
     "ViewKey",
     "ViewOp",
     "Views",
+    "byol_views",
     "counter_uniform",
     "eval_view",
     "metric_view",
+    "moco_views",
+    "multicrop_views",
+    "simclr_views",
 ]

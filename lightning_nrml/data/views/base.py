@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_nrml.data.views.rng import Draws, ViewKey
 
 # Source pixels handled at a time on the CPU: keeps the intermediate images in the cache.
-_CPU_PIXELS = 1 << 17
+_CPU_PIXELS = 1 << 19
 
 
 def as_float(image: Tensor) -> Tensor:
@@ -34,6 +34,13 @@ def on_rows(image: Tensor, rows: Tensor, change: Callable[[Tensor, Tensor], Tens
         return image
     if len(chosen) == len(rows):
         return change(image, chosen)
+    if image.device.type == "cpu":
+        # several times as fast as index_copy there
+        parts = list(image.unbind())
+        numbers = chosen.tolist()
+        for i, row in zip(numbers, change(image[chosen], chosen).unbind(), strict=True):
+            parts[i] = row
+        return torch.stack(parts)
     where = chosen.to(image.device, non_blocking=True)
     return image.index_copy(0, where, change(image.index_select(0, where), chosen))
 

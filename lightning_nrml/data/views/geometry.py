@@ -162,9 +162,12 @@ class RandomResizedCrop(ViewOp):
 
     def boxes(self, height: int, width: int, draws: Draws) -> Tensor:
         """``(B, 4)`` int64 boxes (top, left, height, width) in an image of that size."""
-        area = draws.uniform(self.attempts, *self.scale).double() * (height * width)
-        log_ratio = draws.uniform(self.attempts, math.log(self.ratio[0]), math.log(self.ratio[1])).double()
-        place = draws.uniform(2).double()
+        n = self.attempts
+        u = draws.uniform(2 * n + 2).double()
+        low, high = (math.log(r) for r in self.ratio)
+        area = (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, :n]) * (height * width)
+        log_ratio = low + (high - low) * u[:, n : 2 * n]
+        place = u[:, 2 * n :]
         h = (area * torch.exp(-log_ratio)).sqrt().round().clamp_(min=1)
         w = (area * torch.exp(log_ratio)).sqrt().round().clamp_(min=1)
         fits = (h <= height) & (w <= width)
@@ -244,10 +247,13 @@ class RandomAffine(ViewOp):
 
     def theta(self, height: int, width: int, draws: Draws) -> Tensor:
         """``(B, 2, 3)`` maps from output to input in ``affine_grid``'s coordinates."""
-        angle = draws.uniform(1, -self.degrees, self.degrees).double()[:, 0].deg2rad()
-        scale = draws.uniform(1, *self.scale).double()[:, 0]
-        shear = draws.uniform(1, -self.shear, self.shear).double()[:, 0]
-        shift = draws.uniform(2, -self.translate, self.translate).double() * 2
+        u = draws.uniform(5).double()
+        signed = 2 * u - 1
+        angle = (self.degrees * signed[:, 0]).deg2rad()
+        scale = self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 1]
+        shear = self.shear * signed[:, 2]
+        # affine_grid's side is 2
+        shift = 2 * self.translate * signed[:, 3:]
         cos, sin = angle.cos() / scale, angle.sin() / scale
         # y points down; inverse of (scale * rotation) @ shear is unshear @ rotation(-angle) / scale
         inverse = torch.stack([cos - shear * sin, -sin - shear * cos, sin, cos], 1).view(-1, 2, 2)
@@ -296,10 +302,11 @@ class RandomErasing(ViewOp):
         """Keeps the shape; float32."""
         image = as_float(image)
         height, width = image.shape[2:]
-        applied = draws.happens(self.p)
-        area = draws.uniform(1, *self.scale).double()[:, 0] * (height * width)
-        ratio = draws.uniform(1, math.log(self.ratio[0]), math.log(self.ratio[1])).double()[:, 0].exp()
-        place = draws.uniform(2).double()
+        u = draws.uniform(5).double()
+        applied, place = u[:, 0] < self.p, u[:, 3:]
+        low, high = (math.log(r) for r in self.ratio)
+        area = (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 1]) * (height * width)
+        ratio = (low + (high - low) * u[:, 2]).exp()
         h = (area * ratio).sqrt().round().clamp_(1, height)
         w = (area / ratio).sqrt().round().clamp_(1, width)
         top = (place[:, 0] * (height - h + 1)).floor()

@@ -110,13 +110,11 @@ class Draws:
         self.stream = stream
         self._used = 0
 
-    def uniform(
-        self, n: int, low: float = 0.0, high: float = 1.0, device: torch.device | None = None
-    ) -> Tensor:
-        """``(B, n)`` uniform in [low, high); the next n numbers of every row."""
+    def uniform(self, n: int, device: torch.device | None = None) -> Tensor:
+        """``(B, n)`` uniform in [0, 1): the next n numbers of every row."""
         draw = counter_uniform(self.key, self.rows, self.stream, n, device, first=self._used)
         self._used += n
-        return draw if (low, high) == (0.0, 1.0) else low + (high - low) * draw
+        return draw
 
     def happens(self, p: float) -> Tensor:
         """``(B,)`` bool, True with probability p. Consumes one number whatever p is."""
