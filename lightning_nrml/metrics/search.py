@@ -23,7 +23,7 @@ Similarity = Literal["cosine", "dot"]
 # About the last-level cache of a server core; larger buffers made the scan slower, smaller ones the product.
 _CPU_BUFFER_BYTES = 32 << 20
 _GPU_BUFFER_BYTES = 512 << 20
-_MAX_BLOCK = 64
+_MAX_BLOCK = 16
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -145,7 +145,12 @@ class ExactIndex:
         if exclude is not None:
             row = (exclude >= 0).nonzero().flatten()
             scores[row, exclude[row]] = -torch.inf
-        value, index = _top_of_blocks(scores, wanted, block) if block > 1 else scores.topk(wanted, dim=1)
+        if block > 1:
+            value, index = _top_of_blocks(scores, wanted, block)
+        elif scores.device.type == "cpu" and scores.dtype == torch.float32:
+            return _top_by_keys(scores, k)
+        else:
+            value, index = scores.topk(wanted, dim=1)
         if wanted > k:
             tied = ((value[:, k - 1] == value[:, k]) & (value[:, k] > -torch.inf)).nonzero().flatten()
             value, index = value[:, :k], index[:, :k]
@@ -184,7 +189,7 @@ def _faiss_index(gallery: Tensor) -> Any:
 def _block_size(n: int, wanted: int) -> int:
     """Gallery rows per block: n / b block maxima and wanted * b candidates are both small at the root."""
     block = 1
-    while block < _MAX_BLOCK and (2 * block) ** 2 * wanted <= n:
+    while block < _MAX_BLOCK and (2 * block) ** 2 * wanted <= 2 * n:
         block *= 2
     return block if block >= 4 else 1
 
@@ -193,14 +198,40 @@ def _top_of_blocks(scores: Tensor, wanted: int, block: int) -> tuple[Tensor, Ten
     """Top ``wanted`` of each row through the blocks with the largest maxima.
 
     Exact: an entry of any other block is at most that block's maximum, which the maxima of the
-    ``wanted`` chosen blocks all reach or pass.
+    ``wanted`` chosen blocks all reach or pass. A block is a comb of the row, entries b, b + n, b + 2n, ...
+    with n the number of blocks, so that the maxima are taken over whole vectors.
     """
     rows, width = scores.shape
-    blocks = scores.view(rows, width // block, block)
-    best = blocks.amax(dim=2).topk(wanted, dim=1).indices
-    candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, block)).flatten(1)
+    number = width // block
+    combs = scores.view(rows, block, number)
+    best = combs.amax(dim=1).topk(wanted, dim=1, sorted=False).indices
+    candidates = combs.gather(2, best[:, None, :].expand(-1, block, -1)).flatten(1)
     value, place = candidates.topk(wanted, dim=1)
-    return value, best.gather(1, place // block) * block + place % block
+    return value, best.gather(1, place % wanted) + place.div(wanted, rounding_mode="floor") * number
+
+
+def _top_by_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top ``k`` of float32 rows on the CPU where k is a large part of the row.
+
+    Similarity and gallery row are packed into one integer, ascending from the best, and NumPy's
+    vectorised selection and sort run on that: 5 to 10 times faster than ``torch.topk`` there, and ties
+    come out by the smaller row by themselves.
+    """
+    n = scores.shape[1]
+    index = torch.empty(len(scores), k, dtype=torch.int64)
+    column = torch.arange(n)
+    # some rows at a time, so that the passes run in the cache
+    for first in range(0, len(scores), step := max(1, (1 << 19) // n)):
+        rows = slice(first, first + step)
+        bits = scores[rows].add_(0.0).view(torch.int32)  # + 0 makes -0 equal to 0
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that rise with the float
+        keys = order.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(column).numpy()
+        if 2 * k < n:
+            keys.partition(k, axis=1)
+        top = keys[:, :k] if 2 * k < n else keys
+        top.sort(axis=1)
+        index[rows] = torch.from_numpy(top[:, :k]) & 0xFFFFFFFF
+    return scores.gather(1, index), index
 
 
 def _smallest_tied(scores: Tensor, value: Tensor, index: Tensor) -> Tensor:
