@@ -2,5 +2,15 @@
 
 from lightning_nrml.losses.base import Loss
 from lightning_nrml.losses.contrastive import ContrastiveLoss, CrossBatchContrastiveLoss
+from lightning_nrml.losses.pml import PMLLoss
+from lightning_nrml.losses.softmax import CosineSoftmaxLoss
+from lightning_nrml.losses.supcon import SupConLoss
 
-__all__ = ["ContrastiveLoss", "CrossBatchContrastiveLoss", "Loss"]
+__all__ = [
+    "ContrastiveLoss",
+    "CosineSoftmaxLoss",
+    "CrossBatchContrastiveLoss",
+    "Loss",
+    "PMLLoss",
+    "SupConLoss",
+]

@@ -1,0 +1,52 @@
+"""CosineSoftmaxLoss: closed form and loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_nrml.losses import CosineSoftmaxLoss
+
+
+def test_closed_form():
+    loss = CosineSoftmaxLoss(2, 2, scale=3.0)
+    with torch.no_grad():
+        loss.class_weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.1]]))
+    z = torch.tensor([[2.0, 0.0], [0.0, 7.0]])
+    torch.testing.assert_close(loss.logits(z), torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+    right, wrong = math.log(1 + math.exp(-3)), math.log(1 + math.exp(3))
+    assert loss(z, torch.tensor([0, 0])).item() == pytest.approx((right + wrong) / 2)
+    assert loss(z, torch.tensor([0, 0]), torch.tensor([0.5, 0.25])).item() == pytest.approx(
+        (0.5 * right + 0.25 * wrong) / 0.75
+    )
+
+
+def test_only_the_direction_of_the_classes_counts():
+    torch.manual_seed(0)
+    loss = CosineSoftmaxLoss(5, 4)
+    z, label = torch.randn(6, 4), torch.arange(6) % 5
+    before = loss(z, label)
+    with torch.no_grad():
+        loss.class_weight.mul_(torch.rand(5, 1) + 0.1)
+    torch.testing.assert_close(loss(3 * z, label), before)
+
+
+def test_class_rows_start_near_unit_length():
+    torch.manual_seed(0)
+    length = CosineSoftmaxLoss(200, 128).class_weight.norm(dim=1)
+    assert (length - 1).abs().max() < 0.3
+
+
+def test_logits_are_fp32_under_autocast():
+    loss = CosineSoftmaxLoss(5, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss.logits(torch.randn(3, 4).bfloat16()).dtype is torch.float32
+
+
+def test_senseless_arguments_are_refused():
+    with pytest.raises(ValueError, match="got 0 and 4"):
+        CosineSoftmaxLoss(0, 4)
+    with pytest.raises(ValueError, match=r"'scale' must be positive, got -1\.0"):
+        CosineSoftmaxLoss(3, 4, scale=-1.0)
