@@ -9,29 +9,66 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_nrml.data.array import ArrayDataModule
     from lightning_nrml.data.base import NRMLDataModule
-    from lightning_nrml.data.dataset import IndexedDataset, Split, Splits
+    from lightning_nrml.data.cifar import CIFARDataModule, CIFARNDataModule
+    from lightning_nrml.data.dataset import IndexedDataset
     from lightning_nrml.data.digits import DigitsDataModule
+    from lightning_nrml.data.dml_benchmarks import CarsDataModule, CUBDataModule, SOPDataModule
+    from lightning_nrml.data.folder import FolderDataModule
     from lightning_nrml.data.noise import NoiseConfig, NoisyLabels
+    from lightning_nrml.data.omniglot import OmniglotDataModule
+    from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
+    from lightning_nrml.data.splits import Split, Splits
+    from lightning_nrml.data.table import TableDataModule
+    from lightning_nrml.data.tables import read_label_table, write_label_table
 
 _HOME = {
+    "ArrayDataModule": "array",
+    "CIFARDataModule": "cifar",
+    "CIFARNDataModule": "cifar",
+    "CUBDataModule": "dml_benchmarks",
+    "CarsDataModule": "dml_benchmarks",
     "DigitsDataModule": "digits",
+    "FolderDataModule": "folder",
     "IndexedDataset": "dataset",
+    "MPerClassSampler": "samplers",
     "NRMLDataModule": "base",
     "NoiseConfig": "noise",
     "NoisyLabels": "noise",
-    "Split": "dataset",
-    "Splits": "dataset",
+    "OmniglotDataModule": "omniglot",
+    "SOPDataModule": "dml_benchmarks",
+    "ShuffleSampler": "samplers",
+    "Split": "splits",
+    "Splits": "splits",
+    "TableDataModule": "table",
+    "UnpaddedSampler": "samplers",
+    "read_label_table": "tables",
+    "write_label_table": "tables",
 }
 
 __all__ = [
+    "ArrayDataModule",
+    "CIFARDataModule",
+    "CIFARNDataModule",
+    "CUBDataModule",
+    "CarsDataModule",
     "DigitsDataModule",
+    "FolderDataModule",
     "IndexedDataset",
+    "MPerClassSampler",
     "NRMLDataModule",
     "NoiseConfig",
     "NoisyLabels",
+    "OmniglotDataModule",
+    "SOPDataModule",
+    "ShuffleSampler",
     "Split",
     "Splits",
+    "TableDataModule",
+    "UnpaddedSampler",
+    "read_label_table",
+    "write_label_table",
 ]
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nrml import distributed
-from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, Split, Splits, check_labels, identity
+from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, identity
 from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
 from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
-from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding
+from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding, stored_size
+from lightning_nrml.data.splits import Split, Splits, check_splits, put_noise, warn_of_single_samples
 from lightning_nrml.data.views import EvalView, MetricView, ViewKey, Views
 from lightning_nrml.types import Batch
 
@@ -124,10 +125,7 @@ class NRMLDataModule(LightningDataModule):
     @property
     def view_size(self) -> int:
         """Side of the images that the default views put out: the short side of what is stored."""
-        size = self.splits.train.images.size
-        if size is None:
-            return int(min(self.splits.train.images.get([0]).shape[2:]))
-        return min(size)
+        return min(stored_size(self.splits.train.images))
 
     # ---- labels ----------------------------------------------------------------------------------
 
@@ -139,28 +137,15 @@ class NRMLDataModule(LightningDataModule):
         return self._splits
 
     def _prepare(self, splits: Splits) -> Splits:
-        who = type(self).__name__
-        for name in ("train", "val", "test"):
-            split: Split | None = getattr(splits, name)
-            if split is None:
-                continue
-            if len(split) == 0:
-                raise ValueError(f"{who}: the {name} split is empty")
-            if len(split.images) != len(split):
-                raise ValueError(f"{who}: {name} has {len(split.images)} images but {len(split)} labels")
-            bound = splits.num_classes if name == "train" or not splits.zero_shot else None
-            split.label = check_labels(split.label, bound, f"{who} {name}")
-            if split.clean_label is not None:
-                split.clean_label = check_labels(split.clean_label, bound, f"{who} {name} clean labels")
+        check_splits(splits, type(self).__name__)
         # On the full list and before anything else: a sample's label must not depend on missing files.
-        self._inject(splits)
-        for name in ("train", "val", "test"):
-            split = getattr(splits, name)
-            if split is not None:
-                setattr(splits, name, self._without_missing(name, split))
+        if self.noise.kind != "none" or self.noise.table is not None:
+            put_noise(splits, self.inject_noise(splits.train, splits.num_classes))
+        for name, split in splits.items():
+            setattr(splits, name, self._without_missing(name, split))
         self.train_keep = torch.ones(len(splits.train), dtype=torch.bool)
         if splits.train.label.ndim == 1:
-            self._warn_of_single_samples(splits.train.label)
+            warn_of_single_samples(splits.train.label)
         return splits
 
     def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
@@ -174,27 +159,6 @@ class NRMLDataModule(LightningDataModule):
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
         return apply_noise(train.label, self.noise, num_classes, embedding, train.paths)
-
-    def _inject(self, splits: Splits) -> None:
-        if self.noise.kind == "none" and self.noise.table is None:
-            return
-        noisy = self.inject_noise(splits.train, splits.num_classes)
-        # in the numbering of the given labels, so that "label != clean_label" always means wrong
-        splits.train.label, splits.train.clean_label = noisy.label, noisy.true_label
-        if noisy.class_id is None:
-            return
-        lookup = np.full(splits.num_classes, -1, dtype=np.int64)
-        lookup[noisy.class_id] = np.arange(len(noisy.class_id))
-        splits.num_classes = len(noisy.class_id)
-        if splits.class_names is not None:
-            splits.class_names = [splits.class_names[i] for i in noisy.class_id]
-        for name in () if splits.zero_shot else ("val", "test"):
-            split: Split | None = getattr(splits, name)
-            if split is not None:
-                # images of dissolved classes have no label any more
-                split = split.subset(np.flatnonzero(lookup[split.label] >= 0))
-                split.label = lookup[split.label]
-                setattr(splits, name, split)
 
     def _without_missing(self, name: str, split: Split) -> Split:
         missing = split.images.missing()
@@ -214,15 +178,6 @@ class NRMLDataModule(LightningDataModule):
         self._bad_rows += [f"{row}\t{split.images.name(row)}\tmissing from {name}\n" for row in missing]
         rows = np.setdiff1d(np.arange(len(split)), missing)
         return split.subset(rows)
-
-    @staticmethod
-    def _warn_of_single_samples(label: np.ndarray) -> None:
-        _, counts = np.unique(label, return_counts=True)
-        if single := int((counts == 1).sum()):
-            warnings.warn(
-                f"{single} of {len(counts)} train classes have one sample only, hence no positive pair",
-                stacklevel=2,
-            )
 
     @property
     def num_classes(self) -> int:
@@ -309,9 +264,7 @@ class NRMLDataModule(LightningDataModule):
         return found
 
     def _fill_cache(self, split: Split) -> None:
-        size = decoded_bytes(split.images)
-        small = size is not None and size <= CACHE_LIMIT_BYTES
-        if self.cache is True or (self.cache == "auto" and small):
+        if self.cache is True or (self.cache == "auto" and decoded_bytes(split.images) <= CACHE_LIMIT_BYTES):
             split.images = cached(split.images, self.on_bad_image)
 
     @property

@@ -1,165 +1,20 @@
-"""A labelled split, the checks on it, and the dataset that serves it in whole batches."""
+"""The dataset that serves a labelled split in whole batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_nrml.data.sources import BadImageError, ImageSource
+from lightning_nrml.data.sources import BadImageError
+from lightning_nrml.data.splits import Split
 from lightning_nrml.types import Batch
 
 OnBadImage = Literal["raise", "skip"]
-
-
-@dataclass(slots=True)
-class Split:
-    """Images with labels.
-
-    Args:
-        images: N images.
-        label: ``(N,)`` integers (or ``(N, L)`` 0/1) as given.
-        clean_label: the true labels if they are known and differ from ``label``.
-        paths: names of the images for tables and galleries.
-    """
-
-    images: ImageSource
-    label: np.ndarray
-    clean_label: np.ndarray | None = None
-    paths: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def subset(self, rows: np.ndarray) -> Split:
-        """The split restricted to ``rows`` (int64 positions), in that order."""
-        return Split(
-            self.images.subset(rows),
-            self.label[rows],
-            None if self.clean_label is None else self.clean_label[rows],
-            None if self.paths is None else [self.paths[i] for i in rows],
-        )
-
-
-@dataclass(slots=True)
-class Splits:
-    """What a datamodule loads.
-
-    Args:
-        train: labels are 0..num_classes-1.
-        val: ``None`` = the test split serves for validation.
-        test: ``None`` = there is nothing to evaluate on.
-        num_classes: classes (or label columns) of the training set.
-        class_names: their names, in label order.
-        zero_shot: the classes of val and test do not occur in train, so their labels are free.
-    """
-
-    train: Split
-    test: Split | None
-    num_classes: int
-    val: Split | None = None
-    class_names: list[str] | None = None
-    zero_shot: bool = False
-
-
-def check_labels(label: np.ndarray, num_classes: int | None, where: str) -> np.ndarray:
-    """Labels as int64.
-
-    Args:
-        label: ``(N,)`` or ``(N, L)`` numbers.
-        num_classes: upper bound (exclusive); ``None`` = any non-negative integer. Multi-label
-            matrices must hold 0 and 1.
-        where: what to call the labels in a message.
-
-    Raises:
-        ValueError: naming the first bad row.
-    """
-    array = np.asarray(label)
-    if array.ndim not in (1, 2):
-        raise ValueError(f"{where}: labels must be (N,) or (N, L), got shape {array.shape}")
-    if array.dtype.kind not in "iufb":
-        raise ValueError(f"{where}: labels must be integers, got {array.dtype}")
-    upper = 2 if array.ndim == 2 else num_classes
-    bad = np.zeros(array.shape, dtype=bool)
-    if array.dtype.kind == "f":
-        bad |= ~np.isfinite(array) | (np.nan_to_num(array) % 1 != 0)
-    bad |= array < 0
-    if upper is not None:
-        bad |= array >= upper
-    if bad.any():
-        row = tuple(int(i) for i in np.argwhere(bad)[0])
-        allowed = "non-negative integers" if upper is None else f"integers from 0 to {upper - 1}"
-        raise ValueError(
-            f"{where}: label {array[row]} at row {row[0]} is not accepted ({int(bad.sum())} such); "
-            f"labels must be {allowed}"
-        )
-    return array.astype(np.int64)
-
-
-def split_by_rows(
-    images: ImageSource,
-    label: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    val: np.ndarray | None = None,
-    class_names: Sequence[str] | None = None,
-    paths: Sequence[str] | None = None,
-    where: str = "the data set",
-) -> Splits:
-    """Cut one labelled set into splits and number the training classes 0..C-1 in sorted order.
-
-    If no test class occurs in train the split is zero-shot and evaluation labels stay as they are;
-    if all do, they are renumbered alike.
-
-    Args:
-        images, label, paths: N rows; ``class_names`` is indexed by the labels given here.
-        train, test, val: int64 row numbers of the splits.
-        where: for messages.
-
-    Raises:
-        ValueError: a label is no class, a split is empty, or the test classes are partly seen and
-            partly unseen.
-    """
-    label = check_labels(label, None if class_names is None else len(class_names), where)
-    full = Split(images, label, paths=None if paths is None else list(paths))
-    parts = {"train": train, "test": test} | ({} if val is None else {"val": val})
-    splits = {name: full.subset(np.asarray(rows, dtype=np.int64)) for name, rows in parts.items()}
-    for name, part in splits.items():
-        if len(part) == 0:
-            raise ValueError(f"{where}: the {name} split is empty")
-    classes = np.unique(splits["train"].label)
-    unseen = {name: np.setdiff1d(part.label, classes) for name, part in splits.items() if name != "train"}
-    zero_shot = len(unseen["test"]) == len(np.unique(splits["test"].label))
-    for name, extra in unseen.items():
-        seen = len(np.unique(splits[name].label)) - len(extra)
-        if (zero_shot and seen > 0) or (not zero_shot and len(extra) > 0):
-            raise ValueError(
-                f"{where}: {len(extra)} of the {name} classes ({_names(extra, class_names)}) do not occur in "
-                f"train but {seen} do; evaluation classes must be all seen or all unseen"
-            )
-    for name, part in splits.items():
-        if name == "train" or not zero_shot:
-            part.label = np.searchsorted(classes, part.label)
-    names = None if class_names is None else [str(class_names[i]) for i in classes]
-    return Splits(
-        splits["train"],
-        splits["test"],
-        len(classes),
-        splits.get("val"),
-        class_names=names,
-        zero_shot=zero_shot,
-    )
-
-
-def _names(classes: np.ndarray, class_names: Sequence[str] | None) -> str:
-    shown = [str(c) if class_names is None else str(class_names[c]) for c in classes[:5]]
-    return ", ".join(shown) + (", ..." if len(classes) > 5 else "")
 
 
 class IndexedDataset(Dataset[Batch]):

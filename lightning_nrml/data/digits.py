@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from lightning_nrml.data.base import NRMLDataModule
-from lightning_nrml.data.dataset import Splits, split_by_rows
 from lightning_nrml.data.sources import MemorySource
+from lightning_nrml.data.splits import Splits, split_by_rows
 from lightning_nrml.data.views import MetricView, Views
 
 
@@ -47,8 +47,7 @@ class DigitsDataModule(NRMLDataModule):
         return split_by_rows(
             MemorySource(pixels),
             label,
-            np.sort(train),
-            np.sort(test),
+            {"train": np.sort(train), "test": np.sort(test)},
             class_names=[str(c) for c in digits.target_names],
             where="scikit-learn's digits",
         )

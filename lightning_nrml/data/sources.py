@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Fit = Literal["crop", "squash"]
-_DECODE_THREADS = 8
+_DECODE_THREADS = 4
 # what Pillow's decoders raise on damaged files
 _DECODE_ERRORS = (
     OSError,
@@ -259,11 +259,23 @@ def _centre_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
     return dx, dy, width - dx, height - dy
 
 
-def decoded_bytes(source: ImageSource) -> int | None:
-    """Memory that all images of a source take once decoded; ``None`` if the size is not known."""
-    if source.size is None:
-        return None
-    return len(source) * source.channels * source.size[0] * source.size[1]
+def decoded_bytes(source: ImageSource) -> int:
+    """Memory that all images of a source take once decoded, judged by the first if no size is set."""
+    height, width = stored_size(source)
+    return len(source) * source.channels * height * width
+
+
+def stored_size(source: ImageSource) -> tuple[int, int]:
+    """``(height, width)`` of the images: as set, else that of the first readable one."""
+    if source.size is not None:
+        return source.size
+    for row in range(len(source)):
+        try:
+            height, width = source.get([row]).shape[2:]
+        except BadImageError:
+            continue
+        return int(height), int(width)
+    raise BadImageError(f"none of the {len(source)} images can be read, such as {source.name(0)}")
 
 
 def cached(source: ImageSource, on_bad_image: Literal["raise", "skip"] = "raise") -> MemorySource:

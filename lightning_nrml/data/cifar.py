@@ -1,0 +1,116 @@
+"""CIFAR-10 and CIFAR-100, and the human label noise of CIFAR-N."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.npz import Npz, images_of
+from lightning_nrml.data.sources import ImageSource, MemorySource
+from lightning_nrml.data.splits import Split, Splits, join_splits
+
+HumanLabel = Literal["clean", "aggre", "worse", "random1", "random2", "random3"]
+_ORIGIN = "get the python version from www.cs.toronto.edu/~kriz/cifar.html; nothing is downloaded for you"
+_LAYOUT = {
+    10: (
+        "cifar-10-batches-py",
+        [f"data_batch_{i}" for i in range(1, 6)],
+        "test_batch",
+        "labels",
+        "batches.meta",
+    ),
+    100: ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
+}
+
+
+class CIFARDataModule(NRMLDataModule):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 train and 10,000 test images of 3 x 32 x 32.
+
+    Args:
+        path: a folder with torchvision's layout (``cifar-10-batches-py`` or ``cifar-100-python`` in it, or
+            that folder itself), or an npz with ``train_`` and ``test_`` images (``train_image`` or
+            ``train_jpeg`` + ``train_offsets``) and labels (``train_label`` or ``clean_label``,
+            ``test_label``).
+        classes: 10 or 100, for the folder.
+        kwargs: see :class:`NRMLDataModule`.
+    """
+
+    def __init__(self, path: str, classes: Literal[10, 100] = 10, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if classes not in _LAYOUT:
+            raise ValueError(f"classes must be 10 or 100, got {classes}")
+        self.path, self.classes = path, classes
+
+    def load_splits(self) -> Splits:
+        path = Path(self.path).expanduser()
+        if path.is_file():
+            npz = Npz(path)
+            label = npz[npz.first(("train_label", "clean_label")) or "train_label"]
+            return _npz_splits(npz, Split(_npz_images(npz, "train_"), label))
+        return self._folder_splits(path)
+
+    def _folder_splits(self, path: Path) -> Splits:
+        folder, train, test, key, meta = _LAYOUT[self.classes]
+        root = path / folder if (path / folder).is_dir() else path
+        names = _load(root / meta).get("label_names" if self.classes == 10 else "fine_label_names")
+        parts = {"train": _read(root, train, key), "test": _read(root, [test], key)}
+        return join_splits(parts, names, str(root))
+
+
+class CIFARNDataModule(NRMLDataModule):
+    """CIFAR-10 with labels that people really gave (Wei et al., ICLR 2022, "CIFAR-10N").
+
+    The file holds ``train_jpeg`` + ``train_offsets`` (or ``train_image``) in torchvision's order,
+    ``clean_label``, ``aggre_label`` (majority of three people, 9 % wrong), ``worse_label`` (40 %),
+    ``random_label1..3`` (one person each, 17-18 %), and the clean ``test_`` arrays.
+
+    Args:
+        path: the npz file.
+        label: which labels to train on; ``"clean"`` may be combined with ``noise``.
+        kwargs: see :class:`NRMLDataModule`.
+    """
+
+    def __init__(self, path: str, label: HumanLabel = "worse", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        keys = {"clean": "clean_label", "aggre": "aggre_label", "worse": "worse_label"}
+        keys |= {f"random{i}": f"random_label{i}" for i in (1, 2, 3)}
+        if label not in keys:
+            raise ValueError(f"label must be one of {', '.join(keys)}, got {label!r}")
+        self.path, self.label, self._key = path, label, keys[label]
+
+    def load_splits(self) -> Splits:
+        npz = Npz(self.path, "pack the labels of github.com/UCSC-REAL/cifar-10-100n with CIFAR-10's images")
+        train = Split(_npz_images(npz, "train_"), npz[self._key])
+        if self.label != "clean":
+            train.clean_label = npz["clean_label"]
+        return _npz_splits(npz, train)
+
+
+def _npz_images(npz: Npz, prefix: str) -> ImageSource:
+    keys = [f"{prefix}image", f"{prefix}images"]
+    return images_of(npz, None, f"{prefix}jpeg", f"{prefix}offsets", None, image_keys=keys)
+
+
+def _npz_splits(npz: Npz, train: Split) -> Splits:
+    parts = {"train": train, "test": Split(_npz_images(npz, "test_"), npz["test_label"])}
+    return join_splits(parts, npz.names(), str(npz.path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; {_ORIGIN}")
+    with path.open("rb") as file:
+        loaded: dict[str, Any] = pickle.load(file, encoding="latin1")  # the official format is a pickle
+    return loaded
+
+
+def _read(root: Path, files: list[str], key: str) -> Split:
+    loaded = [_load(root / name) for name in files]
+    pixels = np.concatenate([part["data"] for part in loaded]).reshape(-1, 3, 32, 32)
+    label = np.concatenate([np.asarray(part[key]) for part in loaded])
+    return Split(MemorySource(torch.from_numpy(np.ascontiguousarray(pixels))), label)

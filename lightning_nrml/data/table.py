@@ -1,0 +1,130 @@
+"""Images listed in a CSV or Parquet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.sources import FileSource, Fit
+from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class TableDataModule(NRMLDataModule):
+    """A table with the columns ``path``, ``label`` and, if you have them, ``clean_label`` and ``split``.
+
+    Labels are class names or integers; classes are numbered in sorted order. ``split`` holds "train",
+    "val" or "test"; without it all rows train and there is nothing to evaluate on, which is enough to
+    audit labels. Where ``clean_label`` is known, train uses ``label`` and evaluation the clean ones.
+
+    Args:
+        path: ``.csv`` or ``.parquet`` file.
+        root: folder that image paths are relative to; ``None`` = the folder of the table.
+        path_column: name of the column of paths.
+        label_column: name of the column of labels to train on.
+        clean_label_column: name of the column of true labels; used if it is there.
+        split_column: name of the column of splits; used if it is there.
+        image_size: side of the square that images are brought to.
+        channels: 3 (RGB) or 1 (grey).
+        fit: ``"crop"`` cuts the centre square, ``"squash"`` ignores the aspect ratio.
+        kwargs: see :class:`NRMLDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        root: str | None = None,
+        path_column: str = "path",
+        label_column: str = "label",
+        clean_label_column: str = "clean_label",
+        split_column: str = "split",
+        image_size: int = 224,
+        channels: int = 3,
+        fit: Fit = "crop",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.root = path, root
+        self.path_column, self.label_column = path_column, label_column
+        self.clean_label_column, self.split_column = clean_label_column, split_column
+        self.image_size, self.channels, self.fit = image_size, channels, fit
+
+    def load_splits(self) -> Splits:
+        table = Path(self.path).expanduser()
+        frame = read_table(table)
+        for column in (self.path_column, self.label_column):
+            if column not in frame.columns:
+                there = ", ".join(map(str, frame.columns))
+                raise KeyError(f"{table} has no column '{column}'; its columns are {there}")
+        columns = [self.label_column]
+        if self.clean_label_column in frame.columns:
+            columns.append(self.clean_label_column)
+        for column in [self.path_column, *columns]:
+            check_filled(frame, column, table)
+        names, label, clean = number_classes([frame[column] for column in columns])
+        root = table.parent if self.root is None else Path(self.root).expanduser()
+        paths = frame[self.path_column].astype(str).tolist()
+        images = FileSource([root / p for p in paths], self.channels, self.image_size, self.fit)
+        return split_by_rows(images, label, self._rows(frame, table), names, str(table), clean, paths)
+
+    def _rows(self, frame: pd.DataFrame, table: Path) -> dict[str, np.ndarray]:
+        if self.split_column not in frame.columns:
+            return {"train": np.arange(len(frame))}
+        check_filled(frame, self.split_column, table)
+        split = frame[self.split_column].astype(str).to_numpy()
+        known = np.isin(split, SPLIT_NAMES)
+        if not known.all():
+            row = int(np.argmin(known))
+            raise ValueError(
+                f"{table}, column '{self.split_column}', row {row}: {split[row]!r}; "
+                f"a split is one of {', '.join(SPLIT_NAMES)}"
+            )
+        rows = {name: np.flatnonzero(split == name) for name in SPLIT_NAMES}
+        return {name: at for name, at in rows.items() if name == "train" or len(at)}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a ``.csv`` or ``.parquet`` file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another suffix, or a file that cannot be parsed.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; TableDataModule reads a table of image paths and labels")
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: the suffix must be .csv or .parquet")
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        # a class may be called "NA": only empty cells are missing
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def check_filled(frame: pd.DataFrame, column: str, table: Path) -> None:
+    """Refuse missing values, naming the first row (from 0, without the header)."""
+    missing = frame[column].isna().to_numpy()
+    if missing.any():
+        raise ValueError(
+            f"{table}, column '{column}', row {int(np.argmax(missing))}: empty ({int(missing.sum())} such); "
+            "fill it or remove the row"
+        )
+
+
+def number_classes(columns: list[pd.Series]) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Names of all classes in sorted order, and the class ids of one or two columns of labels."""
+    values = [column.to_numpy() for column in columns]
+    if not all(v.dtype.kind in "iu" for v in values):
+        values = [column.astype(str).to_numpy(dtype=np.str_) for column in columns]
+    classes = np.unique(np.concatenate(values))
+    ids = [np.searchsorted(classes, v) for v in values]
+    return [str(c) for c in classes], ids[0], ids[1] if len(ids) > 1 else None
