@@ -120,7 +120,6 @@ class ExactIndex:
                 value, index = self._search_faiss(query, k, exclude)
             else:
                 value, index = self._search_torch(query, k, exclude)
-            value, index = _order_ties(value, index)
             return value, index.masked_fill_(value == -torch.inf, -1)
 
     def _scores(self, query: Tensor, block: int) -> Tensor:
@@ -157,7 +156,7 @@ class ExactIndex:
             # a quarter of the buffer at a time: a collapsed model ties everywhere
             for rows in tied.split(max(1, len(query) // 4)):
                 index[rows] = _smallest_tied(scores[rows, :n], value[rows], index[rows])
-        return value, index
+        return _order_ties(value, index)
 
     def _search_faiss(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         wanted = min(k + (exclude is not None), len(self.gallery))
@@ -170,6 +169,7 @@ class ExactIndex:
             value.masked_fill_(itself, -torch.inf)
             order = itself.to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]
             value, index = value.gather(1, order), index.gather(1, order)
+        value, index = _order_ties(value, index)
         return value.to(query.device), index.to(query.device)
 
 
@@ -187,11 +187,13 @@ def _faiss_index(gallery: Tensor) -> Any:
 
 
 def _block_size(n: int, wanted: int) -> int:
-    """Gallery rows per block: n / b block maxima and wanted * b candidates are both small at the root."""
-    block = 1
+    """Gallery rows per block (1 = do without): both n / b maxima and wanted * b candidates stay few."""
+    if 64 * wanted > n:
+        return 1
+    block = 4
     while block < _MAX_BLOCK and (2 * block) ** 2 * wanted <= 2 * n:
         block *= 2
-    return block if block >= 4 else 1
+    return block
 
 
 def _top_of_blocks(scores: Tensor, wanted: int, block: int) -> tuple[Tensor, Tensor]:
@@ -253,13 +255,14 @@ def _smallest_tied(scores: Tensor, value: Tensor, index: Tensor) -> Tensor:
 
 
 def _order_ties(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort equal similarities by gallery row; free of charge where there are none."""
-    if not bool((value[:, 1:] == value[:, :-1]).any()):
+    """Sort equal similarities by gallery row, in the rows that have any."""
+    tied = (value[:, 1:] == value[:, :-1]).any(dim=1).nonzero().flatten()
+    if not len(tied):
         return value, index
-    order = index.argsort(dim=1)
-    value, index = value.gather(1, order), index.gather(1, order)
-    value, order = value.sort(dim=1, descending=True, stable=True)
-    return value, index.gather(1, order)
+    some, order = index[tied].sort(dim=1)
+    similarity, again = value[tied].gather(1, order).sort(dim=1, descending=True, stable=True)
+    value[tied], index[tied] = similarity, some.gather(1, again)
+    return value, index
 
 
 def topk_search(
