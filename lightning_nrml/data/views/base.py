@@ -17,7 +17,7 @@ _CPU_PIXELS = 1 << 19
 def as_float(image: Tensor) -> Tensor:
     """uint8 to float32 in [0, 1]; floating input to float32, values untouched."""
     if image.dtype is torch.uint8:
-        return image.to(torch.float32, memory_format=torch.contiguous_format).mul_(1.0 / 255.0)
+        return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
     return image.to(torch.float32)
 
 
