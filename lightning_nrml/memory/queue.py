@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -80,17 +81,19 @@ class FeatureQueue(nn.Module):
             ValueError: if a shape is wrong, or ``label`` is missing or not wanted.
         """
         self._check(z, label, index, keep)
-        z = z.to(self.embedding)
-        written = finite_rows(z)
-        if keep is not None:
-            written &= keep.to(written.device) > 0
+        z = z.detach().to(self.embedding)
         pairs = [(self.embedding, z), (self.index, index)]
         if self.label is not None:
             pairs.append((self.label, label))
-        if z.device.type == "cpu":
-            self._write_slices(pairs, written)
-        else:
-            self._write_masked(pairs, written)
+        if z.device.type != "cpu":
+            self._write_masked(pairs, _writable(z, keep))
+            return
+        num = len(z)
+        if keep is not None or not math.isfinite(z.sum()):  # else one number says that all rows are good
+            good = _writable(z, keep).nonzero().squeeze(1)
+            num = len(good)
+            pairs = [(ring, None if rows is None else rows[good]) for ring, rows in pairs]
+        self._write_slices(pairs, num)
 
     def get(self) -> tuple[Tensor, Tensor | None]:
         """The filled rows ``(n, dim)`` and their labels ``(n,)`` or ``None``; oldest first is not promised.
@@ -127,23 +130,19 @@ class FeatureQueue(nn.Module):
         """Shown by ``print``."""
         return f"size={self.size}, dim={self.dim}, with_label={self.with_label}"
 
-    def _write_slices(self, pairs: list[tuple[Tensor, Tensor | None]], written: Tensor) -> None:
+    def _write_slices(self, pairs: list[tuple[Tensor, Tensor | None]], num: int) -> None:
         """Plain slice copies; needs to know the pointer, which costs nothing on the CPU."""
-        if not bool(written.all()):
-            pairs = [(ring, None if rows is None else rows[written]) for ring, rows in pairs]
-        num = min(int(written.sum()), self.size)
+        skip = max(num - self.size, 0)
+        num -= skip
         start = int(self.pointer)
         head = min(num, self.size - start)
         for ring, rows in pairs:
-            if rows is None:
-                ring[start : start + head] = -1
-                ring[: num - head] = -1
-                continue
-            rows = rows[len(rows) - num :]
-            ring[start : start + head] = rows[:head]
+            ring[start : start + head] = -1 if rows is None else rows[skip : skip + head]
             if head < num:
-                ring[: num - head] = rows[head:]
-        self._advance(num)
+                ring[: num - head] = -1 if rows is None else rows[skip + head :]
+        self.pointer.fill_((start + num) % self.size)
+        if not self._full:
+            self.count.fill_(min(int(self.count) + num, self.size))
 
     def _write_masked(self, pairs: list[tuple[Tensor, Tensor | None]], written: Tensor) -> None:
         """The same with fixed shapes: skipped rows are sorted last and write what is there already."""
@@ -157,9 +156,7 @@ class FeatureQueue(nn.Module):
             new = torch.full_like(old, -1) if rows is None else rows.to(ring)[order]
             mask = valid if ring.ndim == 1 else valid[:, None]
             ring.index_copy_(0, slot, torch.where(mask, new, old))
-        self._advance(written.sum())
-
-    def _advance(self, num: int | Tensor) -> None:
+        num = written.sum()
         self.pointer.add_(num).remainder_(self.size)
         self.count.add_(num).clamp_(max=self.size)
 
@@ -177,3 +174,9 @@ class FeatureQueue(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._full = False
+
+
+def _writable(z: Tensor, keep: Tensor | None) -> Tensor:
+    """``(B,)`` bool: rows that are wanted and finite."""
+    good = finite_rows(z)
+    return good if keep is None else good & (keep.to(good.device) > 0)

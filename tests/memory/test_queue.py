@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_nrml.memory import FeatureQueue
+from lightning_nrml.memory.queue import _writable
 
 
 def _contents(queue: FeatureQueue) -> list[tuple[float, int, int]]:
@@ -20,7 +21,13 @@ def _contents(queue: FeatureQueue) -> list[tuple[float, int, int]]:
 def way(request, monkeypatch):
     """The masked way is the one for GPUs; here it runs on the CPU."""
     if request.param == "masked":
-        monkeypatch.setattr(FeatureQueue, "_write_slices", FeatureQueue._write_masked)
+
+        def enqueue(self, z, label=None, index=None, keep=None):
+            z = z.detach().to(self.embedding)
+            pairs = [(self.embedding, z), (self.index, index), (self.label, label)]
+            self._write_masked([p for p in pairs if p[0] is not None], _writable(z, keep))
+
+        monkeypatch.setattr(FeatureQueue, "enqueue", enqueue)
     return request.param
 
 
