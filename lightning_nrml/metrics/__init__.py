@@ -1,7 +1,18 @@
-"""Retrieval, neighbour and filter metrics: plain functions and ``torchmetrics.Metric`` classes."""
+"""Retrieval, neighbour, clustering and filter metrics: functions and ``torchmetrics.Metric`` classes."""
 
+from lightning_nrml.metrics.clustering import nmi_ami
+from lightning_nrml.metrics.knn import KNNClassifier
 from lightning_nrml.metrics.noise import FilterQuality, filter_quality
 from lightning_nrml.metrics.retrieval import RetrievalMetrics, retrieval_metrics
-from lightning_nrml.metrics.search import topk_search
+from lightning_nrml.metrics.search import ExactIndex, topk_search
 
-__all__ = ["FilterQuality", "RetrievalMetrics", "filter_quality", "retrieval_metrics", "topk_search"]
+__all__ = [
+    "ExactIndex",
+    "FilterQuality",
+    "KNNClassifier",
+    "RetrievalMetrics",
+    "filter_quality",
+    "nmi_ami",
+    "retrieval_metrics",
+    "topk_search",
+]
