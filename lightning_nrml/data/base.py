@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,15 +103,14 @@ class NRMLDataModule(LightningDataModule):
         self.on_bad_image: OnBadImage = on_bad_image
         self.cache = cache
         self._views = {"train": train_view, "eval": eval_view}
-        self._view_device: torch.device | None = None
         self._splits: Splits | None = None
         self._bad_rows: list[str] = []
 
     # ---- what a subclass gives -------------------------------------------------------------------
 
-    @abstractmethod
     def load_splits(self) -> Splits:
         """Labels and undecoded image sources of all splits."""
+        raise NotImplementedError(f"{type(self).__name__} must implement load_splits() -> Splits")
 
     def default_train_view(self) -> Views:
         """The training view if none was given."""
@@ -143,7 +141,7 @@ class NRMLDataModule(LightningDataModule):
             put_noise(splits, self.inject_noise(splits.train, splits.num_classes))
         for name, split in splits.items():
             setattr(splits, name, self._without_missing(name, split))
-        self.train_keep = torch.ones(len(splits.train), dtype=torch.bool)
+        self._train_keep = torch.ones(len(splits.train), dtype=torch.bool)
         if splits.train.label.ndim == 1:
             warn_of_single_samples(splits.train.label)
         return splits
@@ -215,6 +213,12 @@ class NRMLDataModule(LightningDataModule):
         """``(N,)`` bool (``(N, L)`` for multi-label), where the given label is known to be wrong."""
         train = self.splits.train
         return None if train.clean_label is None else torch.as_tensor(train.label != train.clean_label)
+
+    @property
+    def train_keep(self) -> Tensor:
+        """``(N,)`` bool; write into it to keep samples out of the following epochs (``False`` = not drawn)."""
+        assert self.splits is not None  # loads them
+        return self._train_keep
 
     @property
     def train_paths(self) -> list[str] | None:

@@ -122,6 +122,8 @@ def split_by_rows(
         class_names: names by label.
         where: what to call the data in messages.
     """
+    if len(images) != len(label):
+        raise ValueError(f"{where} has {len(images)} images but {len(label)} labels")
     full = Split(images, np.asarray(label), clean_label, None if paths is None else list(paths))
     parts = {
         name: full.subset(np.asarray(rows[name], dtype=np.int64)) for name in SPLIT_NAMES if name in rows
@@ -201,7 +203,7 @@ def check_splits(splits: Splits, where: str) -> None:
 def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
     """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
-    splits.train.label, splits.train.clean_label = noisy.label, noisy.true_label
+    splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
     if noisy.class_id is None:
         return
     lookup = np.full(splits.num_classes, -1, dtype=np.int64)

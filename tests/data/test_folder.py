@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_nrml.data import FolderDataModule
+
+
+def save(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((6, 6, 3), value, dtype=np.uint8)).save(path)
+
+
+def fill(root, classes, n=4):
+    for c in classes:
+        for i in range(n):
+            save(root / c / f"{i}.png", i)
+
+
+def folder(root, **settings):
+    return FolderDataModule(str(root), image_size=4, **settings)
+
+
+def test_a_single_folder_is_divided_by_class(tmp_path):
+    fill(tmp_path, "dabce")
+    (tmp_path / "readme.txt").write_text("not an image")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    save(tmp_path / "b" / "deep" / "x.JPG")
+    dm = folder(tmp_path, train_fraction=0.4)
+    assert dm.class_names == ["a", "b"]
+    assert dm.train_label.tolist() == [0] * 4 + [1] * 5
+    assert dm.train_paths[-1] == "b/deep/x.JPG"
+    assert dm.splits.test.label.tolist() == [2] * 4 + [3] * 4 + [4] * 4
+    assert dm.splits.train.images.get([3]).unique().tolist() == [3]
+    assert dm.splits.train.images.get([3]).shape == (1, 3, 4, 4)
+
+
+def test_a_single_folder_is_divided_by_image_within_every_class(tmp_path):
+    fill(tmp_path, "abc", 10)
+    dm = folder(tmp_path, split="images", train_fraction=0.7)
+    assert np.bincount(dm.train_label).tolist() == [7, 7, 7]
+    assert np.bincount(dm.splits.test.label).tolist() == [3, 3, 3]
+    assert not set(dm.train_paths) & set(dm.splits.test.paths)
+    assert folder(tmp_path, split="images", train_fraction=0.7).train_paths == dm.train_paths
+    assert folder(tmp_path, split="images", train_fraction=0.7, split_seed=1).train_paths != dm.train_paths
+
+
+def test_split_folders_share_one_numbering(tmp_path):
+    fill(tmp_path / "train", "abc")
+    fill(tmp_path / "val", "ac", 1)
+    fill(tmp_path / "test", "cb", 2)
+    dm = folder(tmp_path)
+    assert (dm.num_classes, dm.class_names) == (3, ["a", "b", "c"])
+    assert dm.splits.val.label.tolist() == [0, 2]
+    assert dm.splits.test.label.tolist() == [1, 1, 2, 2]
+    assert dm.splits.test.paths[0] == "test/b/0.png"
+
+
+def test_split_folders_of_other_classes_are_zero_shot_and_mixed_ones_refused(tmp_path):
+    fill(tmp_path / "train", "bd")
+    fill(tmp_path / "test", "ac")
+    splits = folder(tmp_path).splits
+    assert splits.zero_shot
+    assert (splits.class_names, splits.train.label.max()) == (["b", "d"], 1)
+    assert splits.test.label.tolist() == [0] * 4 + [2] * 4
+    fill(tmp_path / "test", "b")
+    with pytest.raises(ValueError, match=r"2 of 3 test classes do not occur in train \(a, c\)"):
+        folder(tmp_path).num_classes
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        folder(tmp_path / "nowhere").num_classes
+    with pytest.raises(ValueError, match="has no class folders with images"):
+        folder(tmp_path).num_classes
+    fill(tmp_path, "a")
+    with pytest.raises(ValueError, match="at least 2 class folders"):
+        folder(tmp_path).num_classes
+    fill(tmp_path, "b")
+    (tmp_path / "c").mkdir()
+    with pytest.warns(UserWarning, match="1 folders of .* have no images, such as c"):
+        assert folder(tmp_path).class_names == ["a"]
+    with pytest.raises(ValueError, match="train_fraction must lie inside"):
+        folder(tmp_path, train_fraction=1.0)
+    with pytest.raises(ValueError, match="split must be 'classes' or 'images'"):
+        folder(tmp_path, split="half")
+
+
+def test_eurosat_runs_from_its_official_layout(shared_data):
+    dm = FolderDataModule(str(shared_data("eurosat_rgb_subset") / "2750"), image_size=32, cache=False)
+    assert (dm.num_classes, dm.num_train_samples, len(dm.splits.test)) == (5, 1000, 1000)
+    assert dm.class_names == ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
+    assert next(iter(dm.train_dataloader()))["image"].shape == (64, 3, 32, 32)

@@ -1,0 +1,88 @@
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lightning_nrml.data import TableDataModule
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "img").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((4, 4), i, dtype=np.uint8)).save(tmp_path / "img" / f"{i}.png")
+    return tmp_path
+
+
+def frame(**columns):
+    base = {"path": [f"img/{i}.png" for i in range(6)], "label": ["cat", "dog", "cat", "NA", "dog", "NA"]}
+    return pd.DataFrame(base | columns)
+
+
+def table(folder, data, suffix="csv", **settings):
+    path = folder / f"t.{suffix}"
+    data.to_csv(path, index=False) if suffix == "csv" else data.to_parquet(path)
+    return TableDataModule(str(path), image_size=4, channels=1, **settings)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_names_become_sorted_classes_and_rows_their_images(images, suffix):
+    dm = table(images, frame(), suffix)
+    assert dm.class_names == ["NA", "cat", "dog"]
+    assert dm.train_label.tolist() == [1, 2, 1, 0, 2, 0]
+    assert dm.train_paths[2] == "img/2.png"
+    assert dm.splits.train.images.get([5]).unique().tolist() == [5]
+    assert dm.val_dataloader() == []
+
+
+def test_splits_and_clean_labels(images):
+    data = frame(
+        split=["train", "train", "train", "test", "val", "test"],
+        label=[10, 30, 10, 30, 30, 10],
+        clean_label=[10, 10, 30, 10, 30, 30],
+    )
+    dm = table(images, data)
+    assert dm.class_names == ["10", "30"]
+    assert (dm.train_label.tolist(), dm.train_clean_label.tolist()) == ([0, 1, 0], [0, 0, 1])
+    # evaluation is against the truth
+    assert (dm.splits.val.label.tolist(), dm.splits.test.label.tolist()) == ([1], [0, 1])
+    assert dm.noise_summary["rate_realised"] == pytest.approx(2 / 3)
+
+
+def test_root_and_column_names_can_be_given(images, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("tables")
+    data = frame().rename(columns={"path": "file", "label": "kind"})
+    data["file"] = [f"{i}.png" for i in range(6)]
+    dm = table(elsewhere, data, root=str(images / "img"), path_column="file", label_column="kind")
+    assert dm.splits.train.images.get([1]).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (frame().drop(columns="label"), KeyError, "has no column 'label'; its columns are path"),
+        (frame(label=["a", None, "b", "a", "b", "a"]), ValueError, "column 'label', row 1: empty"),
+        (frame(path=["img/0.png"] * 5 + [None]), ValueError, "column 'path', row 5: empty"),
+        (
+            frame(split=["train"] * 5 + ["dev"]),
+            ValueError,
+            "row 5: 'dev'; a split is one of train, val, test",
+        ),
+        (frame(split=["test"] * 6), ValueError, "the train split is empty"),
+        (frame(path=["img/9.png"] * 6), RuntimeError, r"6 of 6 train images are missing.*9\.png"),
+    ],
+)
+def test_what_does_not_fit_is_named(images, data, error, message):
+    with pytest.raises(error, match=message):
+        table(images, data).num_classes
+
+
+def test_absent_foreign_and_broken_tables_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="TableDataModule reads"):
+        TableDataModule(str(tmp_path / "x.csv")).num_classes
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must be \.csv or \.parquet"):
+        TableDataModule(str(tmp_path / "x.json")).num_classes
+    (tmp_path / "x.parquet").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        TableDataModule(str(tmp_path / "x.parquet")).num_classes
