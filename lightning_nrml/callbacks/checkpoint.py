@@ -50,22 +50,22 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
-        self._told = False
-
-    def _is_logged(self, trainer: Trainer) -> bool:
-        if self.monitor in trainer.callback_metrics:
-            return True
-        if not self._told and not trainer.sanity_checking:
-            self._told = True
-            rank_zero_info(f"No best.ckpt yet: nothing logs '{self.monitor}' (checkpoint_best.monitor).")
-        return False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the metric improved in this epoch."""
-        if self._is_logged(trainer):
+        if self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the metric improved in this validation."""
-        if self._is_logged(trainer):
+        if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run ends without a best checkpoint."""
+        super().on_train_end(trainer, pl_module)
+        if not self.best_model_path and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_info(
+                f"No best.ckpt was written: nothing logged '{self.monitor}'. Add the RetrievalEvaluator "
+                "callback, or set checkpoint_best.monitor to a metric that is logged."
+            )

@@ -24,6 +24,5 @@ class NRMLProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the bar shows: short names, at most three significant digits."""
-        known = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
-        items = {short: f"{float(known[key]):.3g}" for key, short in SHOWN.items() if key in known}
-        return items
+        known: dict[str, Any] = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
+        return {short: f"{float(known[key]):.3g}" for key, short in SHOWN.items() if key in known}

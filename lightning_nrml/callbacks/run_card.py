@@ -87,9 +87,8 @@ def _noise(data: Any) -> str:
 
 def _batch(trainer: Trainer) -> str:
     loader: Any = trainer.train_dataloader
-    size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
     if not size:
         return ""
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
@@ -123,6 +122,6 @@ def _device(trainer: Trainer) -> str:
 
 def _resume(trainer: Trainer) -> str:
     folder = Path(trainer.default_root_dir)
-    if not trainer.checkpoint_callbacks or trainer.fast_dev_run:
+    if not trainer.checkpoint_callbacks or getattr(trainer, "fast_dev_run", False):
         return "no checkpoints are written"
     return f"nrml fit --config {folder / 'config.yaml'} --ckpt_path last"

@@ -33,7 +33,7 @@ class FitSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on rank 0, after the progress bar has closed."""
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+        if stage != "fit" or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         console = Console(soft_wrap=True)
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in ROWS}

@@ -4,14 +4,17 @@ checked checkpoints and errors of one sentence."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -21,7 +24,7 @@ from lightning_nrml.callbacks.progress import NRMLProgressBar
 from lightning_nrml.callbacks.run_card import RunCard
 from lightning_nrml.callbacks.summary import FitSummary
 from lightning_nrml.cli.errors import UserError
-from lightning_nrml.cli.explain import explain, is_user_error
+from lightning_nrml.cli.explain import explain, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
 from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
 from lightning_nrml.cli.run_folder import CHECKPOINTS, config_beside, default_run_folder, resolve_checkpoint
@@ -51,13 +54,18 @@ class NRMLCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
-        load_plugins()
+        load_classes()
         self.arguments = _with_saved_config(expand_configs(sys.argv[1:] if args is None else args))
         self.run_folder = Path("runs")
         self._ckpt_path: str | None = None
-        parser_kwargs: dict[str, Any] = {"parser_mode": "omegaconf", "exit_on_error": False}
+        self._borrowed_ids: list[Namespace] = []
+        parser_kwargs: dict[str, Any] = {
+            "parser_mode": "omegaconf",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+        }
         subcommands = {name: dict(parser_kwargs) for name in self.subcommands()}
-        with _quiet():
+        with without_known_deprecations():
             super().__init__(
                 model_class=LightningModule,
                 datamodule_class=LightningDataModule,
@@ -118,9 +126,11 @@ class NRMLCLI(LightningCLI):
                 init.name = init.get("name") or self.run_folder.name
                 if command == "fit" and self._ckpt_path and not init.get("id"):
                     init.id = saved_wandb_id(self._ckpt_path)
+                    self._borrowed_ids.append(init)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our callbacks; leave out what the trainer's own switches forbid."""
+        self._record_links()
         trainer = self._section().trainer
         callbacks: list[Callback] = [] if trainer.enable_progress_bar is False else [NRMLProgressBar()]
         callbacks.append(FitSummary(str(self.run_folder)))
@@ -132,6 +142,20 @@ class NRMLCLI(LightningCLI):
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         self.save_config_kwargs = {"folder": str(self.output_folder)}
         return super().instantiate_trainer(**kwargs)
+
+    def _record_links(self) -> None:
+        """Write what the data told the model into the config, so that the saved one is what ran.
+
+        Checkpoint and W&B id of a resumed run are taken out again: the saved config serves to start anew.
+        """
+        if "ckpt_path" in self._section():
+            self._section().ckpt_path = None
+        for logger in self._borrowed_ids:
+            logger.id = None
+        init = self._section().get("model.init_args") or {}
+        for name in LINKED:
+            if name in init and getattr(self.datamodule, name, None) is not None:
+                init[name] = int(getattr(self.datamodule, name))
 
     def before_instantiate_classes(self) -> None:
         """Give the checkpoint back to the subcommand's arguments."""
@@ -154,12 +178,20 @@ def saved_wandb_id(ckpt_path: str) -> str | None:
     return state.get("wandb_id")
 
 
-def load_plugins() -> None:
-    """Import third-party filters (entry points), so that YAML may use their short class names.
+#: their classes may be named in YAML without a path
+ROOMS = ("modules", "data", "callbacks", "losses", "filters")
+
+
+def load_classes() -> None:
+    """Import our classes and third-party filters (entry points): YAML may then use short class names.
 
     Raises:
         UserError: an installed plug-in cannot be imported.
     """
+    for room in ROOMS:
+        package = import_module(f"lightning_nrml.{room}")
+        for name in package.__all__:  # exports may be lazy
+            getattr(package, name)
     for point in entry_points(group="lightning_nrml.filters"):
         try:
             point.load()
@@ -178,26 +210,36 @@ def _with_saved_config(args: list[str]) -> list[str]:
     return [args[0], "--config", str(config), *args[1:]] if config else args
 
 
-class _quiet(warnings.catch_warnings):
-    """Hide the three deprecations that Lightning 2.6 triggers in jsonargparse >= 4.49, and only those."""
+#: what Lightning 2.6 triggers in jsonargparse >= 4.49, and jsonargparse's introduction to these
+KNOWN_DEPRECATIONS = (
+    "``ArgumentParser.add_instantiator`` was deprecated",
+    "``instantiate_classes`` was deprecated",
+    "skip_none parameter was deprecated",
+    "By default only one JsonargparseDeprecationWarning per type is shown",
+)
 
-    def __enter__(self) -> Any:
-        log = super().__enter__()
-        for old in ("instantiate_classes", "add_subclass_arguments", "set_config_read_mode"):
-            warnings.filterwarnings("ignore", message=rf"\s*``{old}", category=DeprecationWarning)
-        return log
+
+@contextmanager
+def without_known_deprecations() -> Iterator[None]:
+    """Hide these warnings and only these: they are Lightning's to mend."""
+    with warnings.catch_warnings():
+        for text in KNOWN_DEPRECATIONS:
+            warnings.filterwarnings("ignore", message=r"\s*" + re.escape(text))
+        yield
 
 
 def run(args: list[str]) -> int:
     """Run the command line ``args``; user errors become one sentence on stderr and exit code 2."""
     debug = os.environ.get("NRML_DEBUG", "") not in ("", "0")
     try:
+        args = expand_configs(args)
         NRMLCLI(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    except (ArgumentError, Exception) as error:
-        if debug or not is_user_error(error):
+    except SystemExit as stop:  # --help, --print_config, Ctrl-C
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        told = user_error(error)
+        if debug or told is None:
             raise
-        print(f"nrml: {explain(error, args)}", file=sys.stderr)
+        print(f"nrml: {explain(told, args)}", file=sys.stderr)
         return 2
     return 0

@@ -1,13 +1,126 @@
-"""Turn a parser's or our own error into one sentence."""
+"""Turn an error of the parser, of Lightning's checks or of our own into one sentence."""
 
 from __future__ import annotations
 
-from lightning_nrml.cli.errors import UserError
+import ast
+import linecache
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_nrml.cli.check import check_config, check_override, load_yaml
+from lightning_nrml.cli.errors import UserError, nearest
+from lightning_nrml.cli.recipes import config_arguments
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+EXPECTED = r"Expected an? (?:<class ')?([\w.\[\], ]+?)'?>?(?:[.:]|$)"
 
 
-def is_user_error(error):
-    return isinstance(error, UserError)
+def written_for_users(error: BaseException) -> bool:
+    """True for mistakes in a command, config or data file; False for what may be a bug.
+
+    Errors of values and files that this package raises itself (the last line of the traceback is one of
+    our ``raise`` statements) are written for users; the same types coming from anywhere else are not.
+    """
+    if isinstance(error, UserError | ArgumentError | MisconfigurationException):
+        return True
+    if not isinstance(error, ValueError | OSError | FloatingPointError | ImportError):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return False
+    file = frame.tb_frame.f_code.co_filename
+    line = linecache.getline(file, frame.tb_lineno).strip()
+    return Path(file).is_relative_to(PACKAGE) and line.startswith("raise")
 
 
-def explain(error, args):
-    return str(error)
+def user_error(error: BaseException) -> BaseException | None:
+    """The error in the chain of ``error`` that was written for users, if any.
+
+    The parser wraps what a constructor raises, so the cause is looked for first.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if isinstance(error, ArgumentError):
+        return error
+    return next((e for e in chain if written_for_users(e)), None)
+
+
+def explain(error: BaseException, args: Sequence[str]) -> str:
+    """One sentence for ``error``; ``args`` are the (expanded) arguments of the command line."""
+    if isinstance(error, ArgumentError):
+        return _mistyped(args) or _parser_message(str(error), args)
+    return " ".join(str(error).split())
+
+
+def _mistyped(args: Sequence[str]) -> str | None:
+    """The first unknown key or class name in the config files or options of ``args``."""
+    tree: dict[str, Any] = {}
+    for _, value in config_arguments(args):
+        path = Path(value)
+        if not path.is_file():
+            continue
+        problems = check_config(path)
+        if problems:
+            return problems[0]
+        tree = {**tree, **load_yaml(path)}
+    for key, given in _overrides(args):
+        if key in ("model", "data") and given:
+            tree[key] = {"class_path": given}
+        wrong = check_override(key, given, tree)
+        if wrong:
+            return wrong
+    return None
+
+
+def _overrides(args: Sequence[str]) -> list[tuple[str, str | None]]:
+    """``--key value`` and ``--key=value`` of a command line, without ``--config``."""
+    found: list[tuple[str, str | None]] = []
+    for i, arg in enumerate(args):
+        if not arg.startswith("--") or arg.split("=")[0] == "--config":
+            continue
+        key, equals, value = arg[2:].partition("=")
+        following = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else None
+        found.append((key, value if equals else following))
+    return found
+
+
+def _parser_message(message: str, args: Sequence[str]) -> str:
+    """The telling part of the parser's message; its wording may change, so the last way is generic."""
+    if match := re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message):
+        verbs = re.findall(r"\w+", match[2])
+        return f"there is no command '{match[1]}'; {nearest(match[1], [*verbs, 'recipes'])}"
+    if match := re.search(r"arguments are required: (.+)", message):
+        missing = " and ".join(name.strip().removeprefix(f"{args[0]}.") for name in match[1].split(","))
+        return f"'{args[0]}' still needs {missing}: give --config NAME (see 'nrml recipes ls') or set it."
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    where = ".".join(keys)
+    owner = re.findall(r"class_path '([^']+)'", message)
+    if owner:
+        where += f" ({owner[-1].rsplit('.', 1)[-1]})"
+    given = re.findall(r"(?:Given value|Got value): (.*)", message)
+    if len(keys) > 1:  # the inner key's part tells more than the whole section
+        inner = message.rsplit(f'Parser key "{keys[-1]}"', 1)[-1]
+        given = re.findall(r"(?:Given value|Got value): (.*)", inner)[:1] or given
+        message = inner
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{where}: there is no class '{match[1]}'; give a class name of this package or a.dotted.path."
+    choices = [c for text in re.findall(r"Literal(\[.*?\])", message) for c in ast.literal_eval(text)]
+    value = given[0].strip("'\"") if given else ""
+    if choices:
+        return f"{where} cannot be '{value}'; {nearest(value, map(str, choices), limit=20)}"
+    found = re.findall(EXPECTED, message, flags=re.MULTILINE)
+    expected = [name for name in dict.fromkeys(found) if name != "NoneType"]
+    if where and expected and value:
+        return f"{where} must be {' or '.join(expected)}, got '{value}'."
+    return " ".join(message.split())

@@ -38,8 +38,8 @@ def resolve_checkpoint(command: str, ckpt_path: str | None, run_folder: Path) ->
     if ckpt_path is None:
         if command in NEEDS_CHECKPOINT:
             raise UserError(
-                f"'{command}' needs --ckpt_path: give 'best' or 'last' (looked up in {run_folder / CHECKPOINTS}), "
-                "a checkpoint file, or 'init' to evaluate the model before any training."
+                f"'{command}' needs --ckpt_path: give 'best' or 'last' (looked up in "
+                f"{run_folder / CHECKPOINTS}), a checkpoint file, or 'init' to evaluate the untrained model."
             )
         return None
     if ckpt_path == "init":

@@ -28,9 +28,7 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.config_filename
-        path.write_text(
-            f"# written by 'nrml {trainer.state.fn.value}'; run again with --config {path}\n{text}"
-        )
+        path.write_text(f"# written by 'nrml {stage}'; run again with --config {path}\n{text}")
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere

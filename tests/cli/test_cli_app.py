@@ -1,0 +1,249 @@
+"""The command line through its real objects, with the smallest model and data."""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_nrml.cli import NRMLCLI
+from lightning_nrml.cli.app import without_known_deprecations
+
+FIT = ("fit", "--config", "tiny.yaml")
+
+
+def test_print_config_round_trip(nrml, folder):
+    """The printed config parses back to itself and shows our trainer defaults."""
+    code, text, _ = nrml(*FIT, "--print_config")
+    assert code == 0
+    config = yaml.safe_load(text)
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert config["trainer"]["enable_model_summary"] is False
+    assert config["seed_everything"] == 0
+    assert config["checkpoint_best"] == {"monitor": "val/recall@1", "mode": "max", "dirpath": None}
+    assert config["model"]["init_args"]["rule"] == {"lr": 0.05}
+    (folder / "again.yaml").write_text(text)
+    _, again, _ = nrml("fit", "--config", "again.yaml", "--print_config")
+    assert yaml.safe_load(again) == config
+
+
+def test_default_logger_is_offline(nrml, folder):
+    """Without a word about logging, a run writes CSV into its folder."""
+    text = re.sub(r"  logger: .*\n", "", (folder / "tiny.yaml").read_text())
+    (folder / "tiny.yaml").write_text(text)
+    _, out, _ = nrml(*FIT, "--print_config")
+    assert yaml.safe_load(out)["trainer"]["logger"]["class_path"].endswith("RunCSVLogger")
+
+
+def test_fit_layout_card_summary_resume_and_test(nrml, folder):
+    """One run: folder, card, summary; then resume by name; then test; then start anew."""
+    code, out, err = nrml(*FIT)
+    assert code == 0, err
+    run = folder / "runs" / "tiny"
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml",
+        "hparams.yaml",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    }
+    # the card
+    for text in (
+        "TinyModule, 0.00 M",
+        "16 training samples, 7 classes",
+        "symmetric, rate 0.5, seed 3; realised 25.0% wrong labels",
+        "8 global",
+        "4 optimiser steps = 2 epochs x 2 batches",
+        "runs/tiny/config.yaml --ckpt_path last",
+    ):
+        assert text in out
+    # the summary
+    assert "Recall@1 (val/recall@1)" in out
+    assert "nrml test --config runs/tiny/config.yaml --ckpt_path best" in out
+    # the resolved config, in the folder and in the logger, with what the links gave
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["num_classes"] == 7
+    assert config["model"]["init_args"]["in_channels"] == 1
+    assert config["trainer"]["default_root_dir"] == "runs/tiny"
+    assert yaml.safe_load((run / "hparams.yaml").read_text()) == config
+
+    code, _, err = nrml(
+        "fit", "--config", "runs/tiny/config.yaml", "--ckpt_path", "last", "--trainer.max_epochs=3"
+    )
+    assert code == 0, err
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    steps = [int(r["step"]) for r in rows if r["train/loss"]]
+    assert steps == [0, 1, 2, 3, 4, 5]  # continued, neither deleted nor repeated
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["ckpt_path"] is None  # so that the saved config starts anew
+
+    before = (run / "metrics.csv").read_text(), (run / "config.yaml").read_text()
+    code, out, err = nrml("test", "--ckpt_path", "runs/tiny/checkpoints/best.ckpt")  # config found beside it
+    assert code == 0, err
+    assert "test/norm" in out
+    assert ((run / "metrics.csv").read_text(), (run / "config.yaml").read_text()) == before
+    assert (run / "test" / "metrics.csv").is_file()
+
+    code, _, err = nrml(*FIT, "--trainer.max_epochs=1")
+    assert code == 0, err
+    assert (run / "metrics-1.csv").read_text() == before[0]
+    assert len(list(csv.DictReader((run / "metrics.csv").open()))) < len(rows)
+
+
+def test_last_is_not_best(nrml, folder):
+    """last.ckpt follows every epoch although the monitored metric never improves."""
+    code, _, err = nrml(*FIT, "--checkpoint_best.mode=min")
+    assert code == 0, err
+    load = {
+        n: torch.load(folder / f"runs/tiny/checkpoints/{n}.ckpt", weights_only=True) for n in ("best", "last")
+    }
+    assert load["best"]["global_step"] == 2
+    assert load["last"]["global_step"] == 4
+
+
+def test_metric_that_nobody_logs(nrml, folder, caplog):
+    """No crash and no misleading best checkpoint, but a word about it."""
+    with caplog.at_level("INFO"):
+        assert nrml(*FIT, "--checkpoint_best.monitor=val/nothing")[0] == 0
+    assert "nothing logged 'val/nothing'" in caplog.text
+    assert not (folder / "runs/tiny/checkpoints/best.ckpt").exists()
+    assert (folder / "runs/tiny/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_evaluation_without_checkpoint_refuses(nrml, folder, verb):
+    code, _, err = nrml(verb, "--config", "tiny.yaml")
+    assert code == 2
+    assert err.startswith(f"nrml: '{verb}' needs --ckpt_path")
+    assert len(err.strip().splitlines()) == 1
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+@pytest.mark.parametrize("name", ["last", "best", "nowhere/x.ckpt"])
+def test_missing_checkpoint_refuses(nrml, folder, verb, name):
+    """Lightning's own ``fit --ckpt_path last`` would start anew in silence."""
+    code, _, err = nrml(verb, "--config", "tiny.yaml", "--ckpt_path", name)
+    assert code == 2
+    assert f"--ckpt_path {name} finds nothing" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_test_of_the_untrained_model_must_be_asked_for(nrml):
+    code, out, err = nrml("test", "--config", "tiny.yaml", "--ckpt_path", "init")
+    assert code == 0, err
+    assert "test/norm" in out
+
+
+def instantiate(*args: str) -> NRMLCLI:
+    return NRMLCLI([*args], run=False)
+
+
+def test_links(folder):
+    """Data tells the model; a model that does not take the arguments is left alone."""
+    cli = instantiate("--config", "tiny.yaml")
+    assert (cli.model.num_classes, cli.model.in_channels, cli.model.embedding_dim) == (7, 1, 4)
+    other = instantiate("--config", "tiny.yaml", "--model", "cli_fakes.NoClasses", "--model.embedding_dim=6")
+    assert (other.model.num_classes, other.model.in_channels, other.model.embedding_dim) == (2, 5, 6)
+
+
+def test_override_order(folder):
+    """Later wins: config < config < option, wherever the option stands after them; ``+=`` appends."""
+    (folder / "more.yaml").write_text("trainer: {max_epochs: 7}\nmodel: {init_args: {embedding_dim: 5}}\n")
+    configs = ("--config", "tiny.yaml", "--config", "more.yaml")
+    cli = instantiate(*configs)
+    assert (cli.trainer.max_epochs, cli.model.embedding_dim, cli.model.rule.lr) == (7, 5, 0.05)
+    assert cli.run_folder == Path("runs/more")
+    cli = instantiate(
+        *configs,
+        "--trainer.max_epochs=9",
+        "--trainer.callbacks+=cli_fakes.TinyCallback",
+        "--trainer.callbacks.rate=0.25",
+        "--trainer.default_root_dir=here",
+    )
+    assert cli.trainer.max_epochs == 9
+    assert [c.rate for c in cli.trainer.callbacks if type(c).__name__ == "TinyCallback"] == [0.25]
+    assert cli.trainer.default_root_dir.endswith("here")
+    assert cli.trainer.checkpoint_callbacks[0].dirpath.endswith("here/checkpoints")
+
+
+def test_checkpointing_can_be_switched_off(folder):
+    cli = instantiate("--config", "tiny.yaml", "--trainer.enable_checkpointing=false")
+    assert cli.trainer.checkpoint_callbacks == []
+
+
+def test_interpolation(folder):
+    (folder / "more.yaml").write_text(
+        "seed_everything: 5\ndata: {init_args: {noise: {seed: '${seed_everything}'}}}"
+    )
+    cli = instantiate("--config", "tiny.yaml", "--config", "more.yaml")
+    assert cli.datamodule.noise.seed == 5
+
+
+def test_only_the_known_deprecations_are_hidden(folder, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        instantiate("--config", "tiny.yaml")
+        with without_known_deprecations():
+            warnings.warn("another parameter was deprecated", DeprecationWarning, stacklevel=1)
+    texts = [str(w.message) for w in caught if "eprecat" in type(w.message).__name__]
+    assert [t for t in texts if "arse" in t or "v5.0.0" in t] == []
+    assert "another parameter was deprecated" in texts
+
+
+def test_wandb_config_and_run_id(nrml, folder, monkeypatch):
+    """Offline and without an account: full flat config, and the id survives in the checkpoint."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code, _, err = nrml(*FIT, "--trainer.logger=WandbLogger", "--trainer.logger.project=tiny")
+    assert code == 0, err
+    import wandb
+
+    assert wandb.run.config["model.init_args.embedding_dim"] == 4
+    assert wandb.run.config["trainer.max_epochs"] == 2
+    assert wandb.run.name == "tiny"
+    first = wandb.run.id
+    wandb.finish()
+    assert (folder / "runs/tiny/wandb").is_dir()
+    code, _, err = nrml(
+        "fit", "--config", "runs/tiny/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=3"
+    )
+    assert code == 0, err
+    assert wandb.run.id == first
+    wandb.finish()
+    assert (
+        yaml.safe_load((folder / "runs/tiny/config.yaml").read_text())["trainer"]["logger"]["init_args"]["id"]
+        is None
+    )
+
+
+def test_shipped_quickstart_end_to_end(nrml, folder):
+    """The real recipe by its name, cut to two epochs: data -> filter -> model -> metrics -> folder."""
+    code, out, err = nrml(
+        "fit",
+        "--config",
+        "quickstart",
+        "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    )
+    assert code == 0, err
+    assert "MetricLearning" in out
+    assert "prism" in out
+    assert "symmetric, rate 0.5" in out
+    run = folder / "runs" / "quickstart"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["num_classes"] == 10
+    assert config["model"]["init_args"]["in_channels"] == 1
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "train/keep_rate"} <= set(header)
+    code, _, err = nrml("test", "--config", "runs/quickstart/config.yaml", "--ckpt_path", "last")
+    assert code == 0, err

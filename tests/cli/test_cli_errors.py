@@ -1,0 +1,98 @@
+"""User errors: one sentence with the key and the nearest match, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_nrml.__main__ import main
+from lightning_nrml.cli.errors import nearest
+
+EDITS = {
+    "model key": (
+        "embedding_dim",
+        "embeding_dim",
+        "tiny.yaml: model.init_args.embeding_dim: TinyModule has no argument 'embeding_dim'; "
+        "did you mean 'embedding_dim'?",
+    ),
+    "nested key": ("{lr:", "{lrr:", "rule.lrr: Rule has no argument 'lrr'; did you mean 'lr'?"),
+    "trainer key": ("max_epochs", "max_epoch", "trainer.max_epoch: Trainer has no argument 'max_epoch'; did"),
+    "section": ("trainer:", "trainr:", "'trainr' is no config section; did you mean 'trainer'?"),
+    "own class": ("cli_fakes.TinyModule", "MetricLearnin", "'MetricLearnin'; did you mean 'MetricLearning'?"),
+    "user's class": ("fakes.TinyData", "fakes.TinyDat", "did you mean 'cli_fakes.TinyData'?"),
+    "wrong type": ("dim: 4", "dim: four", "model.embedding_dim (TinyModule) must be int, got 'four'."),
+    "logger key": ("flush_logs_every", "flush_log_every", "did you mean 'flush_logs_every_n_steps'?"),
+    "init_args": ("init_args: {batch", "init_arg: {batch", "data.init_arg: beside class_path only init_args"),
+    "yaml": ("{batch_size: 8}", "{batch_size: 8", "this is not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_typo_in_yaml(nrml, folder, name):
+    old, new, expected = EDITS[name]
+    text = (folder / "tiny.yaml").read_text()
+    assert old in text
+    (folder / "tiny.yaml").write_text(text.replace(old, new))
+    code, _, err = nrml("fit", "--config", "tiny.yaml")
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+OPTIONS = {
+    "--model.embeding_dim=3": "TinyModule has no argument 'embeding_dim'; did you mean 'embedding_dim'?",
+    "--model.init_args.rule.lrr=3": "Rule has no argument 'lrr'; did you mean 'lr'?",
+    "--trainer.max_epoch=3": "Trainer has no argument 'max_epoch'; did you mean 'max_epochs'?",
+    "--trainer.max_epochs=three": "trainer.max_epochs must be int, got 'three'.",
+    "--trainer.precision=31": "trainer.precision cannot be '31'; accepted: 16, 16-mixed,",
+    "--modl.embedding_dim=3": "'modl' is no config section; did you mean 'model'?",
+    "--trainer.callbacks+=PRISN": "there is no callback 'PRISN'; did you mean 'PRISM'?",
+    "--checkpoint_best.mode=most": "checkpoint_best.mode cannot be 'most'; accepted: max, min.",
+    "--config=quickstrat": "No config file or recipe is called 'quickstrat': did you mean 'quickstart'?",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_typo_in_option(nrml, option):
+    code, _, err = nrml("fit", "--config", "tiny.yaml", option)
+    assert code == 2
+    assert OPTIONS[option] in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_error_of_our_own_constructor(nrml):
+    """jsonargparse wraps it in ten lines about unions; the user sees the sentence."""
+    code, _, err = nrml("fit", "--config", "tiny.yaml", "--data=DigitsDataModule", "--data.noise.rate=1.5")
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("nrml: noise.rate must lie in [0, 1]")
+    assert "Union" not in err
+
+
+def test_bug_keeps_its_traceback(nrml):
+    with pytest.raises(ValueError, match="not a number"):
+        nrml("fit", "--config", "tiny.yaml", "--data=cli_fakes.Broken")
+
+
+def test_debug_shows_user_errors_in_full(folder, monkeypatch):
+    monkeypatch.setenv("NRML_DEBUG", "1")
+    with pytest.raises(Exception, match="finds nothing"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+
+
+def test_unknown_command(nrml):
+    code, _, err = nrml("fitt", "--config", "tiny.yaml")
+    assert code == 2
+    assert "there is no command 'fitt'; did you mean 'fit'?" in err
+
+
+def test_missing_sections(nrml):
+    code, _, err = nrml("fit")
+    assert code == 2
+    assert "'fit' still needs data and model" in err
+
+
+def test_nearest():
+    assert nearest("embeding", ["embedding", "loss"]) == "did you mean 'embedding'?"
+    assert nearest("prism", ["PRISM", "BARE"]) == "did you mean 'PRISM'?"
+    assert nearest("zzz", list("dcba"), limit=3) == "accepted: a, b, c, ...."
+    assert nearest("x", []) == "nothing is accepted here."
