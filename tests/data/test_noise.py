@@ -361,3 +361,9 @@ def test_human_labels_of_cifar10n_through_a_table(tmp_path, shared_data):
         noisy = apply_noise(columns["clean_label"], NoiseConfig(table=str(path), column=column), 10)
         assert (noisy.label == columns[column]).all()
         assert noisy.is_noise.mean() == pytest.approx(rate, abs=6e-5)
+
+
+def test_two_labels_for_one_class_cannot_both_be_right(tmp_path):
+    path = table(tmp_path, "index,label,is_noise\n0,0,0\n1,1,0\n")
+    with pytest.raises(ValueError, match="must pair each label with one class"):
+        apply_noise(np.array([0, 0]), NoiseConfig(table=path), 2)

@@ -50,6 +50,11 @@ def test_deal_is_close_to_uniform():
     assert np.abs(first - 1000).max() < 5 * np.sqrt(1000 * 8 / 9)
 
 
+def test_deal_shuffles_hands_that_hold_every_card():
+    hands = _deal(3, 8, 50, np.random.default_rng(0))
+    assert len({tuple(hand[:3]) for hand in hands}) == 6
+
+
 def test_batches_are_classes_times_m_distinct_images():
     for batch in batches(MPerClassSampler(LABEL, 4, 32)):
         assert sorted(Counter(LABEL[batch].tolist()).values()) == [4] * 8
