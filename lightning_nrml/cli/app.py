@@ -74,7 +74,7 @@ class NRMLCLI(LightningCLI):
                 save_config_callback=RunConfig,
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
-                parser_kwargs={**parser_kwargs, **subcommands} if run else parser_kwargs,
+                parser_kwargs={"prog": "nrml", **parser_kwargs, **(subcommands if run else {})},
                 args=self.arguments,
                 run=run,
                 auto_configure_optimizers=False,
