@@ -32,26 +32,29 @@ def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
         The same shape; value and saturation of every pixel are kept.
     """
     red, green, blue = image.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    inverse = chroma.clamp(min=1e-12).reciprocal_()
+    # Buffers are reused: on a CPU fresh memory costs more than the arithmetic.
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    chroma = torch.minimum(red, green)
+    torch.minimum(chroma, blue, out=chroma)
+    torch.sub(value, chroma, out=chroma)
     # Hue without branches (selects and remainders are ten times as slow as arithmetic on a CPU):
     # p = (g - b) / chroma gives the side of the circle, q = (max - r) / chroma how far from red.
     # |hue| = |p| + q (3 - 2|p|) sixths of a turn: |p| where red is the maximum (q = 0), 3 - |p| where it
     # is the minimum (q = 1), and 1 + q between (|p| = 1).
-    p = (green - blue).mul_(inverse)
-    q = (value - red).mul_(inverse)
-    size = p.abs()
-    turn = torch.rsub(size, 3.0, alpha=2.0).mul_(q).add_(size).copysign_(p).mul_(1.0 / 6.0)
-    turn.add_(shift[:, None, None])
+    buffer = chroma.clamp(min=1e-12).reciprocal_()
+    p = (green - blue).mul_(buffer)
+    turn = (value - red).mul_(buffer)
+    torch.abs(p, out=buffer)
+    d = torch.rsub(buffer, 3.0, alpha=2.0)
+    turn.mul_(d).add_(buffer).copysign_(p).mul_(1 / 6).add_(shift[:, None, None])
     out = torch.empty_like(image)
     for channel, offset in enumerate((1 / 2, 1 / 6, -1 / 6)):
         # distance from the hue at which this channel is lowest (cyan, magenta, yellow), in turns
-        d = turn + offset
-        d = d.sub_(d.round()).abs_()
-        torch.addcmul(
-            value, chroma, torch.rsub(d, 2.0, alpha=6.0).clamp_(0.0, 1.0), value=-1.0, out=out[:, channel]
-        )
+        torch.add(turn, offset, out=d)
+        torch.round(d, out=buffer)
+        d.sub_(buffer).abs_().mul_(-6.0).add_(2.0).clamp_(0.0, 1.0)
+        torch.addcmul(value, chroma, d, value=-1.0, out=out[:, channel])
     return out
 
 
@@ -113,38 +116,36 @@ class ColorJitter(ViewOp):
             factor: ``(B, 3)`` blend factors of the first three.
             hue: ``(B, C)``; RGB uses column 0 as the shift in turns, other images all as band gains - 1.
         """
-        # brightness, contrast and saturation in the sample's order without the hue
-        order3 = order[order != 3].view(-1, 3)
-        hue_at = (order == 3).int().argmax(1)
-        image = self._jitter_hue(image, hue_at == 0, hue)
-        for slot in range(3):
-            kind = order3[:, slot]
+        # Samples with the hue at the same place lie side by side, so that its turn is a slice.
+        hue_at, row = (order == 3).int().argmax(1).sort()
+        order, factor, hue = order[row], factor[row], hue[row]
+        last = torch.searchsorted(hue_at, torch.arange(5)).tolist()
+        image = image[row.to(image.device, non_blocking=True)]
+        self._jitter_hue(image, hue, last[0], last[1])
+        for slot, kind in enumerate(order[order != 3].view(-1, 3).unbind(1)):
             f = factor.gather(1, kind[:, None])[:, 0]
-            image = _blend(image, f, (1 - f) * (kind == 1), (1 - f) * (kind == 2))
-            image = self._jitter_hue(image, hue_at == slot + 1, hue)
-        return image
+            _blend_(image, f, (1 - f) * (kind == 1), (1 - f) * (kind == 2))
+            self._jitter_hue(image, hue, last[slot + 1], last[slot + 2])
+        return image[row.argsort().to(image.device, non_blocking=True)]
 
-    def _jitter_hue(self, image: Tensor, rows: Tensor, hue: Tensor) -> Tensor:
-        """Shift the hue (or the gains of the bands) of the given rows."""
-        if self.hue == 0 or image.shape[1] == 1:
-            return image
-
-        def change(part: Tensor, chosen: Tensor) -> Tensor:
-            amount = hue[chosen].to(part.device, non_blocking=True)
-            if part.shape[1] == 3:
-                return shift_hue(part, amount[:, 0])
-            return part.mul(1 + amount[:, :, None, None]).clamp_(0.0, 1.0)
-
-        return on_rows(image, rows, change)
+    def _jitter_hue(self, image: Tensor, hue: Tensor, start: int, stop: int) -> None:
+        """Shift the hue (or the gains of the bands) of a slice of rows, in place."""
+        if self.hue == 0 or image.shape[1] == 1 or start == stop:
+            return
+        part, amount = image[start:stop], hue[start:stop].to(image.device, non_blocking=True)
+        if part.shape[1] == 3:
+            part.copy_(shift_hue(part, amount[:, 0]))
+        else:
+            part.mul_(1 + amount[:, :, None, None]).clamp_(0.0, 1.0)
 
 
-def _blend(image: Tensor, factor: Tensor, to_mean: Tensor, to_grey: Tensor) -> Tensor:
-    """``clip(factor x + to_mean * mean grey + to_grey * grey)`` with one number per sample each."""
+def _blend_(image: Tensor, factor: Tensor, to_mean: Tensor, to_grey: Tensor) -> None:
+    """In place ``clip(factor x + to_mean * mean grey + to_grey * grey)``, one number per sample each."""
     numbers = torch.stack([factor, to_mean, to_grey]).to(image.device, non_blocking=True)
     factor, to_mean, to_grey = numbers[:, :, None, None, None]
     grey = grey_of(image)
     offset = grey.mean((2, 3), keepdim=True).mul_(to_mean)
-    return torch.addcmul(grey.mul_(to_grey).add_(offset), image, factor).clamp_(0.0, 1.0)
+    torch.addcmul(grey.mul_(to_grey).add_(offset), image, factor, out=image).clamp_(0.0, 1.0)
 
 
 class BandJitter(ViewOp):
