@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nrml import distributed
 from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, identity
+from lightning_nrml.data.loader import ResumableLoader
 from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
 from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
 from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding, stored_size
@@ -89,9 +90,7 @@ class NRMLDataModule(LightningDataModule):
         if m_per_class is not None and (m_per_class < 1 or batch_size % m_per_class):
             raise ValueError(f"batch_size {batch_size} must be a multiple of m_per_class {m_per_class}")
         if epoch_length is not None and m_per_class is None:
-            raise ValueError(
-                "epoch_length needs m_per_class; shorten plain epochs by trainer.limit_train_batches"
-            )
+            raise ValueError("epoch_length needs m_per_class; or else use trainer.limit_train_batches")
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
         if cache not in ("auto", True, False):
@@ -216,7 +215,7 @@ class NRMLDataModule(LightningDataModule):
 
     @property
     def train_keep(self) -> Tensor:
-        """``(N,)`` bool; write into it to keep samples out of the following epochs (``False`` = not drawn)."""
+        """``(N,)`` bool; write ``False`` into it to keep samples out of the following epochs."""
         assert self.splits is not None  # loads them
         return self._train_keep
 
@@ -322,7 +321,9 @@ class NRMLDataModule(LightningDataModule):
                 length=length,
             )
         dataset = IndexedDataset(self.splits.train, self.on_bad_image, replace=True, bad_list=self._bad_list)
-        return self._loader(dataset, self.train_sampler, self.batch_size, drop_last=True)
+        return self._loader(
+            dataset, self.train_sampler, self.batch_size, drop_last=True, loader_class=ResumableLoader
+        )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation split in order (the test split if there is none), nothing padded."""
@@ -356,8 +357,9 @@ class NRMLDataModule(LightningDataModule):
         sampler: DistributedSampler[int],
         batch_size: int,
         drop_last: bool = False,
+        loader_class: type[DataLoader[Batch]] = DataLoader,
     ) -> DataLoader[Batch]:
-        return DataLoader(
+        return loader_class(
             dataset,
             batch_size=batch_size,
             sampler=sampler,

@@ -98,13 +98,13 @@ def test_noisy_labels_come_from_a_second_array_or_from_a_list_beside_the_file(sa
     dm = ArrayDataModule(path, noise_list="lists.npz:given")
     assert (dm.train_label.tolist(), dm.train_clean_label.tolist()) == ([0, 1, 0, 1], [1, 1, 0, 0])
     assert dm.train_is_noise.tolist() == [True, False, False, True]
-    with pytest.raises(ValueError, match="short of .* has 2 labels but the train split has 4"):
+    with pytest.raises(ValueError, match=r"short of .* has 2 labels but the train split has 4"):
         ArrayDataModule(path, noise_list="lists.npz:short").num_classes
     with pytest.raises(ValueError, match="label 2 at row 3"):
         ArrayDataModule(path, noise_list="lists.npz:far").num_classes
     with pytest.raises(KeyError, match="has no array 'other'; it has clean_label, far, given, short"):
         ArrayDataModule(path, noise_list="lists.npz:other").num_classes
-    with pytest.raises(ValueError, match="must be 'file.npz:array'"):
+    with pytest.raises(ValueError, match=r"must be 'file.npz:array'"):
         ArrayDataModule(path, noise_list="given").num_classes
     with pytest.raises(ValueError, match="give one"):
         ArrayDataModule(path, noise_list="lists.npz:given", clean_label_key="true").num_classes

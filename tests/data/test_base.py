@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_nrml.data import MPerClassSampler, NoiseConfig, NRMLDataModule, ShuffleSampler, Split, Splits
 from lightning_nrml.data.sources import BadImageError, FileSource, MemorySource
 from lightning_nrml.data.tables import write_label_table
-from lightning_nrml.data.views import EvalView, HorizontalFlip, MetricView, RandomAffine, Views
+from lightning_nrml.data.views import EvalView, HorizontalFlip, MetricView, RandomAffine, ViewKey, Views
 
 
 class Toy(NRMLDataModule):
@@ -72,7 +72,7 @@ class Net(LightningModule):
     def validation_step(self, batch, _):
         self.seen["val"].append(batch)
 
-    def test_step(self, batch, _):
+    def test_step(self, batch):
         self.seen["test"].append(batch)
 
     def predict_step(self, batch, _):
@@ -209,8 +209,8 @@ def test_sampler_kinds_epoch_length_and_keep():
     assert len(loader) == 2
     for batch in loader:
         assert torch.unique(batch["label"], return_counts=True)[1].tolist() == [4, 4]
-    plain.train_keep[:] = torch.arange(40) >= 16
     loader = plain.train_dataloader()
+    plain.train_keep[:] = torch.arange(40) >= 16  # in place, while the loader lives
     assert all(int(b["index"].min()) >= 16 for b in loader)
     assert len(loader) == 3
 
@@ -267,11 +267,11 @@ def test_random_views_are_named_by_epoch_and_batch_in_a_real_run(tmp_path):
     dm, net = Toy(train_view=AFFINE, seed=3), Net()
     trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(net, dm)
     raw = Toy().splits.train.images
+    assert len(net.seen["train"]) == 10
     for number, batch in enumerate(net.seen["train"]):
-        alone = Toy(train_view=AFFINE, seed=3)
-        alone.trainer = fake_trainer(epoch=number // 5, batch=number % 5)
-        again = alone.on_after_batch_transfer({**batch, "image": raw.get(batch["index"].tolist())}, 0)
-        assert torch.equal(again["image"], batch["image"])
+        key = ViewKey(seed=3, epoch=number // 5, batch=number % 5)
+        (expected,) = AFFINE(raw.get(batch["index"].tolist()), key)
+        assert torch.equal(batch["image"], expected)
 
 
 def test_two_ranks_of_four_see_the_views_of_one_process_of_eight():

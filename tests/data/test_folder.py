@@ -68,7 +68,7 @@ def test_split_folders_of_other_classes_are_zero_shot_and_mixed_ones_refused(tmp
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         folder(tmp_path / "nowhere").num_classes
     with pytest.raises(ValueError, match="has no class folders with images"):
         folder(tmp_path).num_classes
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         folder(tmp_path).num_classes
     fill(tmp_path, "b")
     (tmp_path / "c").mkdir()
-    with pytest.warns(UserWarning, match="1 folders of .* have no images, such as c"):
+    with pytest.warns(UserWarning, match=r"1 folders of .* have no images, such as c"):
         assert folder(tmp_path).class_names == ["a"]
     with pytest.raises(ValueError, match="train_fraction must lie inside"):
         folder(tmp_path, train_fraction=1.0)

