@@ -92,8 +92,8 @@ class KNNClassifier:
             rows = slice(start, start + step)
             near, found = self._index.search(query[rows], self.k, None if exclude is None else exclude[rows])
             # relative to the best one: exp(1 / T) alone overflows below T = 0.012
+            # (unfilled places hold -inf and get no weight)
             weight = ((near - near[:, :1]) / self.temperature).exp().nan_to_num_(0)
-            weight = weight.masked_fill_(found < 0, 0)
             votes = weight.new_zeros(len(near), len(self.classes))
             votes.scatter_add_(1, self._label[found.clamp(min=0)], weight)
             winner[rows] = votes.argmax(dim=1)

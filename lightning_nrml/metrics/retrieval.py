@@ -143,7 +143,8 @@ def _per_query(
         part = slice(start, start + index.chunk_rows(wanted))
         mine = query_row[part]
         _, found = index.search(rows[mine], wanted, place[mine])
-        hit = (gallery_label[found] == label[mine, None]) & (found >= 0)
+        # an unfilled place (-1) comes after all R relevant items, where it changes nothing
+        hit = gallery_label[found] == label[mine, None]
         for column, k in enumerate(ks):
             table[part, column] = hit[:, :k].any(dim=1).float()
         table[part, -2], table[part, -1] = _map_and_precision_at_r(hit, relevant[part])
@@ -244,7 +245,7 @@ class RetrievalMetrics(Metric):
         super().sync(*args, **kwargs)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(embedding (N, D), label (N,), index (N,))`` so far, duplicates of an index dropped."""
+        """``(embedding (N, D), label (N,), index (N,))`` so far; of rows with one index, the first."""
         label, index = _cat(self.label, torch.int64), _cat(self.index, torch.int64)
         embedding = _cat(self.embedding, torch.float32).view(len(label), max(int(self.dim), 1))
         keep = _first_of_each(index)
@@ -264,7 +265,7 @@ def _cat(state: list[Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _first_of_each(index: Tensor) -> Tensor | None:
-    """Rows of the first occurrence of every index, in index order; ``None`` if nothing repeats.
+    """Rows in which an index occurs for the first time, in row order; ``None`` if nothing repeats.
 
     Rows without an index (-1) are all kept.
     """

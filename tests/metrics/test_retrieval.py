@@ -227,6 +227,14 @@ class TestRetrievalMetrics:
         metric.update(embedding[:9], label[:9])  # without index: rows of their own
         assert metric.compute()["num_queries"] == 129
 
+    def test_the_first_row_of_an_index_wins(self):
+        metric = RetrievalMetrics()
+        index = torch.tensor([3, 1, 3, 1, 0] * 20)
+        metric.update(torch.arange(100.0)[:, None], torch.arange(100), index)
+        embedding, label, kept = metric.rows()
+        assert label.tolist() == embedding[:, 0].tolist() == [0, 1, 4]
+        assert kept.tolist() == [3, 1, 0]
+
     def test_without_rows_is_nan(self):
         metric = RetrievalMetrics()
         metric._update_count = 1

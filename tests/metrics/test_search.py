@@ -66,6 +66,14 @@ def test_blocks_are_used_and_exact_when_all_winners_share_one(monkeypatch):
     assert torch.equal(index[0], comb[:8].flip(0))
 
 
+@pytest.mark.parametrize("k", [2, 300])
+def test_padding_never_wins_over_negative_similarities(k):
+    gallery = rows(1003).abs()
+    value, index = topk_search(-gallery[:9], gallery, k, similarity="dot")
+    assert (value < 0).all()
+    assert torch.equal(index, full_sort(-gallery[:9], gallery, k)[1])
+
+
 def test_minus_zero_ties_with_zero():
     gallery = torch.tensor([[0.0], [1.0], [-0.0], [0.0], [-1.0]])
     query = torch.tensor([[-0.0], [1.0]])
@@ -94,9 +102,16 @@ def test_faiss_fills_what_is_missing():
     assert torch.equal(index, topk_search(gallery, gallery, 5, exclude=torch.arange(3))[1])
 
 
-def test_user_precision_settings_do_not_round_the_scores():
+def test_user_precision_settings_do_not_round_the_scores(monkeypatch):
     gallery, query = rows(300, dim=64), rows(20, dim=64, seed=1)
     want = topk_search(query, gallery, 20)
+    seen, product = [], torch.mm
+
+    def spy(*args, **kwargs):  # few CPUs have the low-precision products that the setting allows
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", spy)
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -104,6 +119,7 @@ def test_user_precision_settings_do_not_round_the_scores():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 
