@@ -70,7 +70,9 @@ class SlowPRISM:
             if self.similarity == "avg":
                 threshold = math.log(sum(math.exp(q) for q in self.window) / len(self.window))
             else:
-                threshold = sorted(self.window)[(len(self.window) - 1) // 2]
+                cut = len(self.window) // 4
+                middle = sorted(self.window)[cut : len(self.window) - cut]
+                threshold = sum(middle) / len(middle)
             above = [scores[i] > threshold + 1e-12 for i in known]
             if any(above):
                 for i, stays in zip(known, above, strict=True):
@@ -121,7 +123,9 @@ def test_equals_the_slow_loop(dtype, window, similarity, count_empty):
         scores, keep = slow.step(x[part], label[part])
         want = torch.tensor(scores, dtype=torch.float64)
         assert selection.score.dtype is torch.float32
-        assert torch.allclose(selection.score.double(), want, rtol=2e-6, atol=1e-6, equal_nan=True)
+        # float32 centres are all of the vMF error: tight classes amplify it by their kappa
+        atol = 1e-6 if similarity == "avg" else 5e-4
+        assert torch.allclose(selection.score.double(), want, rtol=2e-6, atol=atol, equal_nan=True)
         assert selection.keep.tolist() == keep
         dropped += len(keep) - sum(keep)
     assert dropped > 30  # the loop did filter
@@ -180,10 +184,14 @@ def test_threshold_is_the_mean_probability_over_the_window():
     assert len(set(kept)) > 1  # with a window the number varies
 
 
-def test_vmf_window_takes_the_median_so_that_outliers_do_not_rule_it():
-    filter = PRISM(2, 4, window=5, similarity="vmf")
-    filter.window_values.copy_(torch.tensor([torch.nan, -800.0, -3.0, -2.0, -1e-9]))
-    assert filter._window_threshold() == -3.0
+@pytest.mark.parametrize(
+    ("window", "want"),
+    [([-800.0, -4.0, -3.0, -2.0, -1e-9], -3.0), ([-800.0, -5.0, -3.0, -1e-9], -4.0), ([-9.0, -3.0], -6.0)],
+)
+def test_vmf_window_takes_the_mean_of_the_middle_half_so_that_outliers_do_not_rule_it(window, want):
+    filter = PRISM(2, 4, window=6, similarity="vmf")
+    filter.window_values[-len(window) :] = torch.tensor(window, dtype=torch.float64).flip(0)
+    assert filter._window_threshold() == want
 
 
 def test_nothing_above_the_mean_falls_back_and_cuts_the_window():
@@ -208,7 +216,7 @@ def test_decisions_do_not_depend_on_the_order_of_the_batch(similarity):
     for high in (False, True):  # the usual rule, and the fallback that must break ties
         results = []
         for order in (torch.arange(64), torch.randperm(64, generator=torch.Generator().manual_seed(0))):
-            filter = PRISM(5, 8, 0.4, window=3, similarity=similarity)
+            filter = PRISM(5, 8, 0.4, window=8, similarity=similarity)
             remember(filter, x[:100], label[:100])
             if high:
                 filter.window_values[1:] = -1e-300
@@ -504,6 +512,22 @@ def test_vmf_tight_class_punishes_outliers_more(cos, want):
     assert filter.score(context(probe, [0])).exp().item() == pytest.approx(want, abs=1e-4)
 
 
+def test_shared_kappa_is_the_row_weighted_mean_and_makes_few_shot_classes_fair():
+    x, label, _ = clusters(3, 60, 16, seed=23, rate=0.0, spread=0.7)
+    filter = PRISM(5, 16, similarity="vmf", shared_kappa=True)
+    remember(filter, x, label)
+    remember(filter, x[:1], [3])  # a single row: kappa would be clamped at hundreds
+    rbar = filter.centers.double().norm(dim=1)
+    rows = torch.bincount(filter.memory_label[:61], minlength=5)
+    kappa = concentration(((rows * rbar**2).sum() / 61).sqrt(), 16)
+    want = (kappa * x.double() @ normalize(filter.centers.double())[:4].T).log_softmax(1)[:, 3]
+    assert torch.allclose(filter.score(context(x, [3] * 60)).double(), want, atol=1e-5)
+    assert PRISM(5, 16, similarity="vmf", shared_kappa=True).suggest(context(x[:2], [0, 0])).tolist() == [
+        -1,
+        -1,
+    ]
+
+
 def test_vmf_single_rows_and_duplicates_stay_finite():
     x, label, _ = clusters(4, 60, 64, seed=18, rate=0.0)
     filter = PRISM(6, 64, similarity="vmf")
@@ -535,6 +559,19 @@ def test_vmf_does_not_saturate_in_high_dimensions():
         getattr(too_high, name).copy_(getattr(filter, name))
     selection = too_high.select(context(x[:400], label[:400]))
     assert int((~selection.keep).sum()) == 280
+
+
+def test_shared_kappa_rescues_vmf_where_half_of_the_labels_are_wrong():
+    x, label, wrong = clusters(60, 2400, 128, seed=24, rate=0.5)
+    order = torch.cat([torch.randperm(2400, generator=torch.Generator().manual_seed(e)) for e in range(2)])
+    result = {}
+    for shared in (False, True):
+        filter = PRISM(60, 128, 0.5, memory_size=2400, similarity="vmf", shared_kappa=shared)
+        for part in order.split(64):
+            ctx = context(x[part], label[part], part)
+            filter.update(ctx, filter.select(ctx))
+        result[shared] = auroc(filter.score(context(x, label)).nan_to_num(nan=0.0), wrong)
+    assert result[True] > 0.95 > result[False] + 0.1
 
 
 @pytest.mark.parametrize("similarity", ["avg", "vmf"])
@@ -603,6 +640,7 @@ def test_suggestion_is_the_most_probable_class_with_a_centre(similarity):
         ({"memory_size": 0}, "memory_size must be at least 1"),
         ({"memory_size": 2**30}, "memory_size must be at most"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"shared_kappa": True}, "shared_kappa=True needs similarity='vmf'"),
         ({"similarity": "cos"}, "similarity must be 'avg' or 'vmf', got 'cos'"),
     ],
 )
