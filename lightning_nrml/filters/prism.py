@@ -229,9 +229,8 @@ class PRISM(NoiseFilter):
 
         Returns:
             Weights 0/1 and scores ``(B,)``; ``threshold`` is the ``log P_clean`` that had to be passed
-            (NaN if none applied). ``stats``: ``unknown`` and ``nonfinite`` ``(B,)`` bool, ``quantile``
-            this batch's own ``log Q``, ``fallback`` whether the plain TRM rule was used, ``filled`` the
-            number of classes with a centre (all 0-d).
+            (NaN if none applied). ``stats``: ``unknown`` and ``nonfinite`` ``(B,)`` bool; ``quantile``,
+            this batch's own ``log Q``, and ``fallback``, whether the plain TRM rule was used, both 0-d.
         """
         rows, finite = self._unit_rows(ctx)
         known = finite & self.filled[ctx.label]
@@ -254,7 +253,6 @@ class PRISM(NoiseFilter):
             "nonfinite": ~finite,
             "quantile": quantile.float(),
             "fallback": fallback,
-            "filled": self.filled.sum(),
         }
         return Selection((finite & ~drop).float(), log_prob.float(), threshold.float(), stats)
 
