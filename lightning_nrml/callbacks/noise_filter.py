@@ -158,6 +158,9 @@ class NoiseFilterCallback(Callback):
         assert self._quality is not None
         self._quality.to(pl_module.device)
         if self.granularity == "epoch":
+            part = cast(NoiseFilter, _chain_of(pl_module)[self.name])
+            if trainer.ckpt_path is None and self.start_epoch == 0 and not part.uses_embedding:
+                self._decide(trainer, pl_module, part)
             _tell_sampler(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,9 +246,9 @@ class NoiseFilterCallback(Callback):
         """Score the whole training set from the bank and write ``ledger.keep``."""
         bank, ledger = cast(FeatureBank, pl_module.feature_bank), cast(SampleLedger, pl_module.noise_ledger)
         label = _train_label(trainer).to(bank.embedding.device)
-        seen = bank.epoch_seen >= 0
+        judged = (bank.epoch_seen >= 0) | (not part.uses_embedding)
         score = torch.full((len(label),), torch.nan, device=label.device)
-        for rows in seen.nonzero(as_tuple=True)[0].split(_CHUNK):
+        for rows in judged.nonzero(as_tuple=True)[0].split(_CHUNK):
             ctx = FilterContext(bank.embedding[rows].float(), label[rows], rows, epoch=trainer.current_epoch)
             score[rows] = part.score(ctx).float()
             suggested = part.suggest(ctx)
@@ -255,7 +258,7 @@ class NoiseFilterCallback(Callback):
         ledger.keep.copy_(selection.keep)
         ledger.last_score.copy_(torch.where(score.isnan(), ledger.last_score, score))
         drawn = selection.keep.clone()
-        if self.max_age:
+        if self.max_age and part.uses_embedding:
             drawn |= trainer.current_epoch + 1 - bank.epoch_seen > self.max_age
         cast(Tensor, bank.drawn).copy_(drawn)
 

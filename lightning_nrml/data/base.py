@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -322,8 +324,16 @@ class NRMLDataModule(LightningDataModule):
             )
         dataset = IndexedDataset(self.splits.train, self.on_bad_image, replace=True, bad_list=self._bad_list)
         return self._loader(
-            dataset, self.train_sampler, self.batch_size, drop_last=True, loader_class=ResumableLoader
+            dataset,
+            self.train_sampler,
+            self.batch_size,
+            drop_last=True,
+            loader_class=partial(ResumableLoader, batches_done=self._batches_done),
         )
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that were trained on; not 0 only when a run resumes in mid-epoch."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation split in order (the test split if there is none), nothing padded."""
@@ -357,7 +367,7 @@ class NRMLDataModule(LightningDataModule):
         sampler: DistributedSampler[int],
         batch_size: int,
         drop_last: bool = False,
-        loader_class: type[DataLoader[Batch]] = DataLoader,
+        loader_class: Callable[..., DataLoader[Batch]] = DataLoader,
     ) -> DataLoader[Batch]:
         return loader_class(
             dataset,
@@ -405,5 +415,6 @@ class NRMLDataModule(LightningDataModule):
     def _view_key(self) -> ViewKey:
         trainer = self.trainer
         assert trainer is not None
-        batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return ViewKey(self.seed, trainer.current_epoch, batch, trainer.global_rank * self.batch_size)
+        return ViewKey(
+            self.seed, trainer.current_epoch, self._batches_done(), trainer.global_rank * self.batch_size
+        )

@@ -24,11 +24,14 @@ class NoiseFilter(nn.Module):
     Attributes:
         granularities: ``"batch"`` and/or ``"epoch"``; the latter needs :meth:`select_scores` and a
             ``score`` that may be called on chunks of the training set.
+        uses_embedding: False if scores do not depend on embeddings; a whole-set decision is then possible
+            before the first epoch.
         requires: names of optional :class:`~lightning_nrml.types.FilterContext` fields that the filter
             cannot do without (``"logits"``, ``"per_sample_loss"``); the driver checks them.
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("batch",)
+    uses_embedding: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ()
     equal_on_all_ranks: ClassVar[bool] = True
 
@@ -51,9 +54,7 @@ class NoiseFilter(nn.Module):
         Raises:
             TypeError: if the filter has no such rule.
         """
-        raise TypeError(
-            f"{type(self).__name__} decides per batch only; use granularity='batch' with it."
-        )
+        raise TypeError(f"{type(self).__name__} decides per batch only; use granularity='batch' with it.")
 
     def suggest(self, ctx: FilterContext) -> Tensor | None:
         """``(B,)`` most likely labels for the audit (-1 = none), or ``None`` if it cannot tell."""

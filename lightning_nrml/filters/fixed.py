@@ -24,6 +24,7 @@ class FixedFilter(NoiseFilter):
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("batch", "epoch")
+    uses_embedding: ClassVar[bool] = False
     clean: Tensor
 
     def __init__(self, mask: Tensor | Sequence[bool] | Sequence[int] | None = None) -> None:
