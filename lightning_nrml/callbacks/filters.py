@@ -20,6 +20,7 @@ class PRISM(NoiseFilterCallback):
         similarity: ``avg`` (mean cosine) or ``vmf`` (von Mises-Fisher likelihood).
         warmup_steps: steps in which everything is kept while the memory fills.
         count_empty_classes: count classes without a centre in the softmax, as the official code does.
+        shared_kappa: one concentration for all classes instead of one each (``vmf`` only).
         kwargs: schedule, see :class:`NoiseFilterCallback`.
     """
 
@@ -31,6 +32,7 @@ class PRISM(NoiseFilterCallback):
         similarity: Literal["avg", "vmf"] = "avg",
         warmup_steps: int = 0,
         count_empty_classes: bool = False,
+        shared_kappa: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(filter=None, **kwargs)
@@ -41,6 +43,7 @@ class PRISM(NoiseFilterCallback):
             "similarity": similarity,
             "warmup_steps": warmup_steps,
             "count_empty_classes": count_empty_classes,
+            "shared_kappa": shared_kappa,
         }
 
     def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:

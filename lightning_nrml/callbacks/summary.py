@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
+
 #: logged key -> how a person says it
 ROWS = {
     "val/recall@1": "Recall@1",
     "val/map@r": "MAP@R",
     "val/knn_top1": "kNN top-1",
-    "noise/precision": "noise found: precision",
-    "noise/recall": "noise found: recall",
-    "noise/auroc": "noise found: AUROC",
-    "train/keep_rate": "kept of each batch",
+    "noise/precision": "keep precision: right among kept labels",
+    "noise/recall": "keep recall: kept among right labels",
+    "noise/auroc": "AUROC of the clean score",
+    "train/keep_rate": "keep rate",
     "train/loss": "training loss",
 }
 
@@ -36,17 +41,34 @@ class FitSummary(Callback):
         if stage != "fit" or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         console = Console(soft_wrap=True)
-        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in ROWS}
-        if values:
-            table = Table(title="Result of the last epoch", title_justify="left")
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        best = _best_epoch(trainer)
+        if values.keys() & ROWS.keys():
+            table = Table(title="Result", title_justify="left")
             table.add_column("metric")
-            table.add_column("value", justify="right")
+            table.add_column("last epoch", justify="right")
+            if best:
+                table.add_column(f"best epoch ({best['epoch']:.0f})", justify="right")
             for key in ROWS:
                 if key in values:
-                    table.add_row(f"{ROWS[key]} ({key})", f"{values[key]:.4f}")
+                    shown = [f"{values[key]:.4f}"]
+                    if best:
+                        shown.append(f"{best[key]:.4f}" if key in best else "")
+                    table.add_row(f"{ROWS[key]} ({key})", *shown)
             console.print(table)
+        self._write_results(trainer, values, best)
         for line in self.lines(trainer):
             console.print(line, markup=False, highlight=False)
+
+    def _write_results(self, trainer: Trainer, last: dict[str, float], best: dict[str, float]) -> None:
+        """``results.json`` in the run folder: last and best epoch, for scripts that compare runs."""
+        folder = Path(self.run_folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in ("torch", "lightning", "timm")}
+        part = folder / ".results.json.part"
+        content = {"last": last, "best": best, "steps": trainer.global_step, "versions": versions}
+        part.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        os.replace(part, folder / "results.json")
 
     def lines(self, trainer: Trainer) -> list[str]:
         """Best checkpoint, run folder, and the commands that continue or evaluate the run."""
@@ -68,3 +90,11 @@ class FitSummary(Callback):
                 f"train on         nrml fit --config {config} --ckpt_path last --trainer.max_epochs N"
             )
         return lines
+
+
+def _best_epoch(trainer: Trainer) -> dict[str, float]:
+    """Retrieval metrics of the best epoch under their logged names, and its number; empty without them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RetrievalEvaluator) and callback.best:
+            return {k if k == "epoch" else f"val/{k}": v for k, v in callback.best.items()}
+    return {}
