@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
@@ -63,21 +64,40 @@ def gather(x: Tensor, *, grad: bool = False, sizes: list[int] | None = None) -> 
         assert sizes is not None
         pad = x.new_zeros((max(sizes) - x.shape[0], *x.shape[1:]))
         x = torch.cat([x, pad])
-    if grad:
-        from torch.distributed.nn import functional as dist_fn
-
-        parts = list(dist_fn.all_gather(x.contiguous()))
-    else:
-        x = x.detach().contiguous()
-        as_bytes = x.to(torch.uint8) if x.dtype is torch.bool else x
-        parts = [torch.empty_like(as_bytes) for _ in range(world_size())]
-        dist.all_gather(parts, as_bytes)
-        if x.dtype is torch.bool:
-            parts = [p.bool() for p in parts]
+    gathered: Tensor = _Gather.apply(x) if grad else _all_gather(x.detach())
     if ragged:
         assert sizes is not None
-        parts = [p[:n] for p, n in zip(parts, sizes, strict=True)]
-    return torch.cat(parts)
+        return torch.cat([p[:n] for p, n in zip(gathered.split(max(sizes)), sizes, strict=True)])
+    return gathered
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    as_bytes = (x.to(torch.uint8) if x.dtype is torch.bool else x).contiguous()
+    parts = [torch.empty_like(as_bytes) for _ in range(world_size())]
+    dist.all_gather(parts, as_bytes)
+    whole = torch.cat(parts)
+    return whole.bool() if x.dtype is torch.bool else whole
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward pass sums each row's gradient over the losses of all ranks.
+
+    Torch's own ``torch.distributed.nn.functional.all_gather`` does the same, but warns that it is
+    deprecated since its successor, ``all_gather_single``, appeared; torch 2.6 does not have that one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.num_rows = x.shape[0]
+        return _all_gather(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        grad = grad_output.contiguous().clone()
+        dist.all_reduce(grad)
+        start = rank() * ctx.num_rows
+        return grad[start : start + ctx.num_rows]
 
 
 def gather_ragged(x: Tensor, *, grad: bool = False) -> tuple[Tensor, list[int]]:
