@@ -123,7 +123,7 @@ def _combine(first: Selection, second: Selection, name: str) -> Selection:
     if first.pair_weight is not None:
         pair = first.pair_weight if pair is None else first.pair_weight * pair
     stats = {**first.stats, **{f"{name}/{k}": v for k, v in second.stats.items()}}
-    threshold = second.threshold if first.threshold.isnan() else first.threshold
+    threshold = torch.where(first.threshold.isnan(), second.threshold, first.threshold)
     return Selection(first.weight * second.weight, score, threshold, stats, pair)
 
 
