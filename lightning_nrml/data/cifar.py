@@ -13,6 +13,7 @@ from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.npz import Npz, images_of
 from lightning_nrml.data.sources import ImageSource, MemorySource
 from lightning_nrml.data.splits import Split, Splits, join_splits
+from lightning_nrml.data.views import EvalView, MetricView, Views
 
 HumanLabel = Literal["clean", "aggre", "worse", "random1", "random2", "random3"]
 _ORIGIN = "get the python version from www.cs.toronto.edu/~kriz/cifar.html; nothing is downloaded for you"
@@ -28,7 +29,21 @@ _LAYOUT = {
 }
 
 
-class CIFARDataModule(NRMLDataModule):
+class _StandardViews(NRMLDataModule):
+    """Default views with the channel statistics of CIFAR's train images."""
+
+    mean, std = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+    def default_train_view(self) -> Views:
+        """Crop and flip, standardised."""
+        return MetricView(self.view_size, mean=self.mean, std=self.std)
+
+    def default_eval_view(self) -> Views:
+        """The whole image, standardised."""
+        return EvalView(self.view_size, mean=self.mean, std=self.std)
+
+
+class CIFARDataModule(_StandardViews):
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 train and 10,000 test images of 3 x 32 x 32.
 
     Args:
@@ -62,7 +77,7 @@ class CIFARDataModule(NRMLDataModule):
         return join_splits(parts, names, str(root))
 
 
-class CIFARNDataModule(NRMLDataModule):
+class CIFARNDataModule(_StandardViews):
     """CIFAR-10 with labels that people really gave (Wei et al., ICLR 2022, "CIFAR-10N").
 
     The file holds ``train_jpeg`` + ``train_offsets`` (or ``train_image``) in torchvision's order,

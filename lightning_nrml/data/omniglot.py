@@ -13,9 +13,11 @@ from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.npz import Npz, use_noise_list
 from lightning_nrml.data.sources import MemorySource
 from lightning_nrml.data.splits import Splits, split_by_rows
-from lightning_nrml.data.views import MetricView, Views
+from lightning_nrml.data.views import EvalView, MetricView, Views
 
 SIDE = 105
+# of the train images pooled to 28 x 28, in units of [0, 1]
+MEAN, STD = [0.078], [0.225]
 _ORIGIN = (
     "OmniglotDataModule reads an npz with the arrays bits (N, 1379) uint8, label and background, packed from "
     "github.com/brendenlake/omniglot"
@@ -52,7 +54,13 @@ class OmniglotDataModule(NRMLDataModule):
             scale=(0.85, 1.15),
             shear=0.15,
             translate=0.12,
+            mean=MEAN,
+            std=STD,
         )
+
+    def default_eval_view(self) -> Views:
+        """The drawing, standardised as in training."""
+        return EvalView(self.image_size, mean=MEAN, std=STD)
 
     def load_splits(self) -> Splits:
         npz = Npz(self.path, _ORIGIN)

@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[2]
 METHODS = {
     "none": "no filter",
     "prism_avg": "PRISM AvgSim",
-    "prism_vmf": "PRISM vMF-Sim",
+    "prism_vmf": "PRISM vMF-Sim, a kappa per class",
     "prism_vmf_shared": "PRISM vMF-Sim, one kappa",
     "known_clean": "known clean (upper bound)",
     "cross_entropy": "cross-entropy, no filter",
@@ -75,7 +75,7 @@ def settings(data: Path) -> list[Setting]:
                 "dml/prism_omniglot", rate, 150, 964, 128, listed, omniglot,
             ),
             Setting(
-                f"caltech101_{percent}", f"caltech101_dml, {percent} % symmetric: 49 unseen classes, balanced60",
+                f"caltech101_{percent}", f"caltech101_dml, {percent} % symmetric: 49 unseen classes",
                 "dml/prism_caltech101", rate, 250, 50, 128, listed, caltech,
             ),
         ]  # fmt: skip
@@ -187,7 +187,7 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
 
     lines = [
         f"**{setting.title}**", "",
-        "| method | seeds | Recall@1 | MAP@R | gap closed R@1 / MAP@R | keep precision | keep recall | AUROC |",
+        "| method | seeds | Recall@1 | MAP@R | gap closed | keep precision | keep recall | AUROC |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for method, label in METHODS.items():
