@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_nrml.state import StateModule
 from lightning_nrml.types import FilterContext, Selection
 
 
-class NoiseFilter(nn.Module):
+class NoiseFilter(StateModule):
     """Base class of all noise filters: decides which given labels to trust in a batch.
 
     A filter is pure maths: no Lightning, no ``torch.distributed``. It always sees the *gathered global
     batch*, so its decisions are the same on every rank and for every split of the batch over ranks.
     All state lives in persistent buffers of fixed shape that are written in place, so it is saved,
-    restored and moved with the module.
+    restored and moved with the module, and its dtypes survive a cast of the model.
 
     Per step the driver calls ``select`` (before the loss) and ``update`` (after the backward pass).
     Before a filter's first active epoch only ``update`` is called, with everything kept, so that
@@ -33,7 +34,6 @@ class NoiseFilter(nn.Module):
     granularities: ClassVar[tuple[str, ...]] = ("batch",)
     uses_embedding: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ()
-    equal_on_all_ranks: ClassVar[bool] = True
 
     def score(self, ctx: FilterContext) -> Tensor:
         """``(B,)`` float32 log-probability that the given label is right; higher is cleaner."""
@@ -49,7 +49,8 @@ class NoiseFilter(nn.Module):
     def select_scores(self, score: Tensor) -> Selection:
         """Apply the filter's rule to the scores ``(N,)`` of the whole training set at once.
 
-        NaN marks samples without an opinion; they are kept. Leaves the batch statistics alone.
+        NaN marks samples without an opinion (never seen, or no finite embedding yet); they are kept.
+        Leaves the batch statistics alone.
 
         Raises:
             TypeError: if the filter has no such rule.

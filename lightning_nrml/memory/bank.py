@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrml.memory.writes import (
     check_index,
@@ -15,9 +13,10 @@ from lightning_nrml.memory.writes import (
     finite_rows,
     last_writer,
 )
+from lightning_nrml.state import StateModule
 
 
-class FeatureBank(nn.Module):
+class FeatureBank(StateModule):
     """The newest feature of each training sample, by dataset index, for epoch-level scoring and mining.
 
     Buffers have a fixed shape, are saved in checkpoints and written in place. Write *gathered* rows: the
@@ -35,7 +34,6 @@ class FeatureBank(nn.Module):
         ValueError: if ``num_samples`` or ``dim`` is not a positive whole number.
     """
 
-    equal_on_all_ranks: ClassVar[bool] = True
     embedding: Tensor
     epoch_seen: Tensor
 

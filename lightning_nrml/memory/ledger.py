@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrml.memory.writes import check_index, check_size, check_vector, last_writer
+from lightning_nrml.state import StateModule
 
 
-class SampleLedger(nn.Module):
+class SampleLedger(StateModule):
     """Per-sample record of a noise filter's decisions, by dataset index; the source of every audit.
 
     Buffers have a fixed shape, are saved in checkpoints and written in place. Record *gathered* batches:
@@ -32,7 +31,6 @@ class SampleLedger(nn.Module):
         ValueError: if ``num_samples`` is not a positive whole number.
     """
 
-    equal_on_all_ranks: ClassVar[bool] = True
     seen: Tensor
     dropped: Tensor
     last_score: Tensor

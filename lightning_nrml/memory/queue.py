@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrml.memory.writes import check_rows, check_size, check_vector, finite_rows
+from lightning_nrml.state import StateModule
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(StateModule):
     """A ring of the newest ``size`` features, for cross-batch losses and filters (XBM, MoCo, PRISM).
 
     Buffers have a fixed shape, are saved in checkpoints (pointer and fill count included) and are
@@ -38,7 +39,6 @@ class FeatureQueue(nn.Module):
         ValueError: if ``size`` or ``dim`` is not a positive whole number.
     """
 
-    equal_on_all_ranks: ClassVar[bool] = True
     embedding: Tensor
     label: Tensor | None
     index: Tensor
