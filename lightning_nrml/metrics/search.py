@@ -9,13 +9,13 @@ the k-th place is faiss' choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_nrml.precision import exact_products
 
 Backend = Literal["torch", "faiss"]
 Similarity = Literal["cosine", "dot"]
@@ -57,20 +57,6 @@ def prepare_rows(x: Tensor, similarity: Similarity = "cosine", name: str = "embe
     x = x if x.dtype == torch.float64 else x.float()
     check_finite(x, name)
     return F.normalize(x, dim=1) if similarity == "cosine" else x
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No autograd, autocast or TF32: rounded similarities would create ties that are not there."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
 
 
 class ExactIndex:
@@ -115,7 +101,7 @@ class ExactIndex:
             hold -inf and -1.
         """
         k = min(k, len(self.gallery))
-        with _full_precision():
+        with torch.no_grad(), exact_products(self.gallery.device.type):
             if self.faiss_index is not None:
                 value, index = self._search_faiss(query, k, exclude)
             else:
