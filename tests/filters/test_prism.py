@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from lightning_nrml.filters import PRISM
+from lightning_nrml.filters.prism import _argmax
 from lightning_nrml.filters.vmf import concentration, log_normalizer
 from lightning_nrml.types import FilterContext, Selection
 
@@ -191,7 +192,7 @@ def test_threshold_is_the_mean_probability_over_the_window():
 def test_vmf_window_takes_the_mean_of_the_middle_half_so_that_outliers_do_not_rule_it(window, want):
     filter = PRISM(2, 4, window=6, similarity="vmf")
     filter.window_values[-len(window) :] = torch.tensor(window, dtype=torch.float64).flip(0)
-    assert filter._window_threshold() == want
+    assert filter._window_threshold(torch.tensor(-1.0)) == want
 
 
 def test_nothing_above_the_mean_falls_back_and_cuts_the_window():
@@ -446,13 +447,6 @@ def test_state_is_written_in_place():
     assert {"memory", "memory_label", "centers", "filled", "window_values"} <= set(where)
 
 
-def test_casting_the_model_does_not_blur_the_state():
-    filter = PRISM(4, 8)
-    dtypes = {k: v.dtype for k, v in filter.named_buffers()}
-    torch.nn.ModuleDict({"prism": filter}).to(torch.bfloat16).half()
-    assert {k: v.dtype for k, v in filter.named_buffers()} == dtypes
-
-
 @pytest.mark.parametrize("similarity", ["avg", "vmf"])
 def test_autocast_changes_nothing(similarity):
     x, label, _ = clusters(4, 128, 16, seed=16, rate=0.4)
@@ -629,6 +623,71 @@ def test_suggestion_is_the_most_probable_class_with_a_centre(similarity):
     assert filter.suggest(probe).tolist() == [-1] * 4
     remember(filter, torch.eye(4)[[1, 2, 0]] + 0.1, [1, 2, 4])
     assert filter.suggest(probe).tolist() == [4, 1, 2, -1]
+
+
+@pytest.mark.parametrize("count_empty", [False, True])
+@pytest.mark.parametrize("similarity", ["avg", "vmf"])
+def test_select_suggests_what_suggest_says_before_the_batch_is_remembered(similarity, count_empty):
+    x, label, wrong = clusters(7, 400, 16, seed=25, rate=0.3, spread=0.5)
+    clean = torch.where(wrong, -1, label)
+    filter = PRISM(12, 16, 0.3, similarity=similarity, count_empty_classes=count_empty)
+    empty = filter.select(context(x[:5], label[:5])).stats["suggested"]
+    assert empty.dtype is torch.int64
+    assert empty.tolist() == [-1] * 5
+    remember(filter, x[:200][~wrong[:200]], label[:200][~wrong[:200]])
+    x[210] = math.nan
+    x[211] = -filter.centers.sum(0)  # every cosine may be negative: an empty class (0) must not win
+    ctx = context(x[200:], label[200:])
+    want = filter.suggest(ctx)
+    got = filter.select(ctx).stats["suggested"]
+    assert torch.equal(got, want)
+    assert got[10] == -1
+    assert filter.filled[got[got >= 0]].all()
+    sure = (clean[200:] >= 0) & (got >= 0)
+    sure[11] = False
+    assert (got == clean[200:])[sure].float().mean() > 0.97
+
+
+@pytest.mark.parametrize("columns", [1, 5, 2047, 2048, 2049, 2063, 2064, 11_000, 11_316])
+def test_best_class_by_windows_is_the_argmax(columns):
+    scores = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
+    scores[torch.arange(20), torch.linspace(0, columns - 1, 20).long()] = 9.0  # both ends, too
+    assert torch.equal(_argmax(scores), scores.argmax(dim=1))
+    scores[:] = 1.0  # ties
+    assert (_argmax(scores) == 0).all()
+
+
+def test_update_after_select_equals_update_alone_and_lets_the_batch_go():
+    x, label, _ = clusters(4, 96, 8, seed=26, rate=0.3)
+    one, other = PRISM(4, 8, memory_size=50), PRISM(4, 8, memory_size=50)
+    for part in torch.arange(96).split(32):
+        ctx = context(3 * x[part], label[part], part)
+        selection = one.select(ctx)
+        one.update(ctx, selection)
+        assert one._last is None
+        other.update(ctx, selection)
+    one.select(context(x[:32], label[:32]))
+    for filter in (one, other):  # a batch other than the one that was selected
+        remember(filter, x[40:50], label[40:50])
+    for name in ("memory", "memory_label", "class_sum", "centers", "pointer", "steps"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_scores_are_products_in_full_precision(monkeypatch):
+    filter = PRISM(4, 8, similarity="vmf")
+    seen, given = [], torch.Tensor.__matmul__
+
+    def spy(a, b):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return given(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        filter.score(context(torch.randn(3, 8), [0, 1, 2]))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee"]
 
 
 @pytest.mark.parametrize(
