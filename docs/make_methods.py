@@ -1,0 +1,224 @@
+"""Write METHODS.md: one row per module, filter and loss, from docstrings, recipes, tests and measured runs.
+
+python docs/make_methods.py            # write
+python docs/make_methods.py --check    # exit code 1 if METHODS.md is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import inspect
+import re
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+CSV = REPO / "docs" / "benchmarks" / "noise_runs.csv"
+TARGET = REPO / "METHODS.md"
+ROOMS = {"modules": "EmbeddingModule", "filters": "NoiseFilter", "losses": "Loss"}
+SETTINGS = {
+    "digits_50": "digits 50 %",
+    "omniglot_50": "Omniglot 50 %",
+    "caltech101_50": "caltech101 50 %",
+    "cifar10n_worse": "CIFAR-10N worse",
+}
+#: class -> methods of the CSV whose runs measure it, and what tells them apart
+MEASURED = {
+    "PRISM": {"prism_avg": "avg", "prism_vmf": "vmf", "prism_vmf_shared": "vmf, one kappa"},
+    "FixedFilter": {"known_clean": "known clean"},
+    "MetricLearning": {"none": "no filter"},
+    "ContrastiveLoss": {"none": "no filter"},
+    "CrossBatchContrastiveLoss": {"none": "no filter"},
+    "CosineSoftmaxLoss": {"cross_entropy": "no filter"},
+}
+#: what the paper reports; its data sets and nets differ from ours, so these are not targets
+PAPER = {
+    "PRISM": (
+        "P@1 at 50 % symmetric noise, contrastive loss alone → with PRISM (avg): CARS 46.9 → 72.9, "
+        "SOP 67.2 → 72.9, CUB 31.2 → 56.0"
+    ),
+}
+HEAD = """# Methods
+
+Written by `python docs/make_methods.py`; do not edit. A test fails if this file is out of date, or if a
+module or filter lacks a recipe, a mention in the docs, or a test that asserts numbers.
+
+* **status**: `measured` = numeric test and benchmark runs; `tested` = numeric test, no benchmark run yet.
+* **measured**: Recall@1 / MAP@R of the last epoch, mean over the seeds in
+  `docs/benchmarks/noise_runs.csv` (number of seeds in brackets). Protocol: `docs/benchmarks.md`.
+* **paper**: as reported there, on other data sets with pre-trained nets, so not comparable with ours;
+  read second-hand.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One public class and what the repository says about it."""
+
+    name: str
+    room: str
+    purpose: str
+    recipes: list[str]
+    tests: list[str]
+    measured: str
+    paper: str
+
+    @property
+    def status(self) -> str:
+        """``measured``, ``tested``, or what is missing."""
+        if not self.tests:
+            return "no numeric test"
+        return "measured" if self.measured else "tested"
+
+
+def public_classes(room: str) -> list[type]:
+    """The classes that a room exports, without its base class."""
+    package = import_module(f"lightning_nrml.{room}")
+    found = (getattr(package, name) for name in package.__all__ if name != ROOMS[room])
+    return [item for item in found if inspect.isclass(item)]
+
+
+def mentions(name: str, text: str) -> bool:
+    """Whether a class name occurs as a whole word."""
+    return re.search(rf"\b{re.escape(name)}\b", text) is not None
+
+
+def used_by(name: str) -> set[str]:
+    """Classes of the package that build ``name`` themselves: a thin callback, or a module's default."""
+    users: set[str] = set()
+    for path in [*REPO.glob("lightning_nrml/callbacks/*.py"), *REPO.glob("lightning_nrml/modules/*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+                called = {ast.unparse(f) for f in calls if isinstance(f, ast.Attribute | ast.Name)}
+                if called & {name, f"filters.{name}", f"losses.{name}"}:
+                    users.add(node.name)
+    return users
+
+
+def recipes_of(name: str) -> list[str]:
+    """Recipes and benchmark commands that name the class, or a class that builds it by default."""
+    names = {name} | used_by(name)
+    files = sorted([*REPO.glob("recipes/**/*.yaml"), *REPO.glob("recipes/**/*.py")])
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    hits = [p for p, text in texts.items() if any(mentions(n, text) for n in names)]
+    return [p.relative_to(REPO / "recipes").as_posix().removesuffix(".yaml") for p in hits]
+
+
+def asserts_numbers(tree: ast.AST) -> bool:
+    """Whether a test file has an ``assert`` with a number in it, or compares tensors."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) and any(
+            isinstance(n, ast.Constant) and type(n.value) in (int, float) for n in ast.walk(node.test)
+        ):
+            return True
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("assert_close", "allclose")):
+            return True
+    return False
+
+
+def tests_of(cls: type, room: str) -> list[str]:
+    """Numeric test files: the class's own, else the nearest that use it (or ``tests/helpers.py``)."""
+    stem = cls.__module__.rsplit(".", 1)[-1]
+    folder = REPO / "tests"
+    helper = folder / "helpers.py"
+    through_helper = mentions(cls.__name__, helper.read_text(encoding="utf-8"))
+    ranked: dict[int, list[str]] = defaultdict(list)
+    for path in sorted(folder.rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        used = mentions(cls.__name__, text) or (through_helper and "from helpers import" in text)
+        if not used or "benchmarks" in path.parts or path.parent == folder:
+            continue
+        if asserts_numbers(ast.parse(text)):
+            distance = int(path.stem != f"test_{stem}") + 2 * int(path.parent.name != room)
+            ranked[distance].append(path.relative_to(REPO).as_posix())
+    return ranked[min(ranked)] if ranked else []
+
+
+def measured_of(name: str, rows: list[dict[str, str]]) -> str:
+    """``digits 50 %: avg .996 / .973 (3); ...`` from the runs, empty without any."""
+    values: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        values[row["setting"], row["method"]].append((float(row["val/recall@1"]), float(row["val/map@r"])))
+    parts = []
+    for setting, title in SETTINGS.items():
+        shown = []
+        for method, label in MEASURED.get(name, {}).items():
+            runs = values.get((setting, method))
+            if runs:
+                recall, precision = (statistics.fmean(column) for column in zip(*runs, strict=True))
+                shown.append(f"{label} {recall:.3f} / {precision:.3f} ({len(runs)})")
+        if shown:
+            parts.append(f"{title}: {', '.join(shown)}")
+    return "<br>".join(parts)
+
+
+def purpose_of(cls: type) -> str:
+    """First sentence of the docstring as Markdown."""
+    first = (inspect.getdoc(cls) or "").split("\n\n", 1)[0].replace("\n", " ").strip()
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", first).replace("``", "`").replace("|", "\\|")
+
+
+def methods(table: Path = CSV) -> list[Method]:
+    """All rows."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        Method(
+            cls.__name__,
+            room,
+            purpose_of(cls),
+            recipes_of(cls.__name__),
+            tests_of(cls, room),
+            measured_of(cls.__name__, rows),
+            PAPER.get(cls.__name__, ""),
+        )
+        for room in ROOMS
+        for cls in public_classes(room)
+    ]
+
+
+def render(table: Path = CSV) -> str:
+    """The text of METHODS.md."""
+    lines = [HEAD]
+    by_room: dict[str, list[Method]] = defaultdict(list)
+    for method in methods(table):
+        by_room[method.room].append(method)
+    for room, found in by_room.items():
+        lines += [
+            f"## {room.capitalize()}\n",
+            "| class | what it is | status | recipes | measured | paper | tests |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for m in found:
+            recipes = ", ".join(f"`{r}`" for r in m.recipes) or "–"
+            tests = ", ".join(f"`{t}`" for t in m.tests) or "–"
+            lines.append(
+                f"| `{m.name}` | {m.purpose} | {m.status} | {recipes} | {m.measured or '–'} "
+                f"| {m.paper or '–'} | {tests} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == render()
+        print("METHODS.md is up to date" if current else "run: python docs/make_methods.py")
+        return 0 if current else 1
+    TARGET.write_text(render(), encoding="utf-8")
+    print(f"Wrote {TARGET}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
