@@ -17,7 +17,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 #: method of the CSV -> label and colour, top to bottom
 METHODS = {
-    "known_clean": ("right labels only (bound)", "#9aa5b1"),
+    "known_clean": ("right labels only", "#9aa5b1"),
     "prism_vmf_shared": ("PRISM vMF, one kappa", "#0b6e4f"),
     "prism_avg": ("PRISM AvgSim", "#21a179"),
     "cross_entropy": ("cross-entropy, no filter", "#e0a458"),
