@@ -8,6 +8,7 @@ batch. It is the bridge between rank-local training code and filters that know n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ class FilterChain(nn.ModuleDict):
                     f"The filter '{name}' ({type(part).__name__}) needs `{field}`, but the module's step "
                     f"gives none: use a loss with a classifier or proxies, or pass {field}= to select()."
                 )
-        with torch.no_grad():
+        with torch.no_grad(), _float32_default():
             return part.select(ctx)
 
     @torch.no_grad()
@@ -112,6 +113,17 @@ class FilterChain(nn.ModuleDict):
             for _, part in self.named_filters():
                 part.update(*pending)
         return pending
+
+
+@contextmanager
+def _float32_default() -> Iterator[None]:
+    """Filters work in fp32; ``precision="bf16-true"`` and its like change torch's default in the step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _combine(first: Selection, second: Selection, name: str) -> Selection:
