@@ -104,7 +104,7 @@ class NoiseFilterCallback(Callback):
         self.name = name or type(filter or self).__name__.lower()
         self.save_ledger = save_ledger
         self._quality: FilterQuality | None = None
-        self._kept: list[Tensor] = []
+        self._kept: tuple[Tensor | int, int] = (0, 0)
 
     # ---- attaching ------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class NoiseFilterCallback(Callback):
             pl_module.feature_bank = bank
             chain.epoch_keep[self.name] = lambda: ledger.keep
             # the loader must be rebuilt so that Lightning knows the shorter epoch (validation, progress)
-            trainer.reload_dataloaders_every_n_epochs = 1
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         distributed.exempt_from_ddp_sync(pl_module)
         self._quality = FilterQuality()
 
@@ -224,10 +224,14 @@ class NoiseFilterCallback(Callback):
         assert self._quality is not None
         if self.granularity == "epoch":
             _tell_sampler(trainer, pl_module)
+        (kept, count), self._kept = self._kept, (0, 0)
+        if count:  # loggers have the curve of the steps; what stays in callback_metrics is the epoch's mean
+            pl_module.log("train/keep_rate", kept / count, prog_bar=True, logger=False, sync_dist=True)
         if self._quality.update_called:
             values = self._quality.compute()
             for key in ("precision", "recall", "auroc", "f1"):
-                pl_module.log(f"noise/{key}", torch.as_tensor(values[key], dtype=torch.float32))
+                value = torch.as_tensor(values[key], dtype=torch.float32)
+                pl_module.log(f"noise/{key}", value, sync_dist=True)  # equal on all ranks already
             self._quality.reset()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -267,11 +271,13 @@ class NoiseFilterCallback(Callback):
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
     ) -> None:
-        pl_module.log("train/keep_rate", selection.keep.float().mean(), prog_bar=True, batch_size=len(index))
-        due = (
-            trainer.global_step + 1
-        ) % trainer.log_every_n_steps == 0  # reading the value waits for the GPU
-        if due and not bool(selection.threshold.isnan()):
+        keep = selection.keep
+        kept, count = self._kept
+        self._kept = (kept + keep.sum(), count + keep.numel())
+        pl_module.log("train/keep_rate", keep.float().mean(), prog_bar=True, batch_size=len(index))
+        # only now and then: reading the value waits for the GPU
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (trainer.global_step + 1) % every == 0 and not bool(selection.threshold.isnan()):
             pl_module.log(f"{self.name}/threshold", selection.threshold, batch_size=len(index))
         clean = batch.get("clean_label") if isinstance(batch, dict) else None
         if clean is None or self._quality is None:

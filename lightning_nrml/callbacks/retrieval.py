@@ -69,7 +69,9 @@ class RetrievalEvaluator(Callback):
         for key, value in values.items():
             if key.startswith("num_"):
                 continue
-            pl_module.log(f"{prefix}/{key}", value, prog_bar=key == self.monitor, rank_zero_only=False)
+            # the metric gathers, so this is equal on all ranks, which checkpoint callbacks rely on;
+            # sync_dist only keeps Lightning from warning that it might not be
+            pl_module.log(f"{prefix}/{key}", value, prog_bar=key == self.monitor, sync_dist=True)
         if prefix == "val" and not trainer.sanity_checking:
             self.last = {"epoch": float(trainer.current_epoch), **values}
             if not self.best or values[self.monitor] > self.best[self.monitor]:
