@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +36,14 @@ class Loss(nn.Module):
     def logits(self, embedding: Tensor) -> Tensor | None:
         """``(B, C)`` class logits for filters that need them; ``None`` if the loss has no classes."""
         return None
+
+    def arguments(self) -> dict[str, Any] | None:
+        """Constructor arguments, by which a checkpoint can rebuild this loss; ``None`` = not known.
+
+        Read from the attributes of the same names; a subclass that keeps them otherwise overrides this.
+        """
+        names = list(inspect.signature(type(self)).parameters)
+        return {n: getattr(self, n) for n in names} if all(hasattr(self, n) for n in names) else None
 
 
 def full_precision(x: Tensor) -> torch.autocast:

@@ -66,6 +66,14 @@ class PMLLoss(Loss):
             "descriptors_dim": embedding_size,  # what P2SGradLoss calls it
         }
         self.name = name
+        self._arguments: dict[str, Any] = {
+            "name": name,
+            "miner": miner,
+            "miner_kwargs": miner_kwargs,
+            "kwargs": {**(kwargs or {}), **more},
+            "num_classes": num_classes,
+            "embedding_size": embedding_size,
+        }
         self.pml: nn.Module = pml_parts.build(losses, "loss", name, {**(kwargs or {}), **more}, sizes)
         self.miner: nn.Module | None = None
         if miner is not None:
@@ -101,6 +109,10 @@ class PMLLoss(Loss):
                 tuples = None if self.miner is None else self.miner(z, label)
                 loss = self._call("forward", z, label, tuples)
             return loss.squeeze() + nothing
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return dict(self._arguments)
 
     def logits(self, embedding: Tensor) -> Tensor | None:
         """``(B, C)`` logits in fp32 as PML defines them for this loss; ``None`` if it has none."""

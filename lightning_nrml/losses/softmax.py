@@ -41,6 +41,7 @@ class CosineSoftmaxLoss(Loss):
         if scale <= 0:
             raise ValueError(f"'scale' must be positive, got {scale}.")
         self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
         self.scale = scale
         self.class_weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
         nn.init.normal_(self.class_weight, std=embedding_dim**-0.5)  # rows of length about 1

@@ -50,6 +50,7 @@ class SupConLoss(Loss):
         if empty_positive not in get_args(EmptyPositive):
             raise ValueError(f"'empty_positive' must be 'zero' or 'drop', got {empty_positive!r}.")
         self.temperature = temperature
+        self.base_temperature = base_temperature
         self.factor = 1.0 if base_temperature is None else temperature / base_temperature
         self.empty_positive = empty_positive
 
