@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from lightning_nrml import distributed
 from lightning_nrml.filters.chain import FilterChain, gathered_context, tolerate_absent_filters
 from lightning_nrml.models import create_backbone, load_weights
+from lightning_nrml.modules.arguments import as_config, plain_arguments
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
 from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
 
@@ -53,9 +55,13 @@ class EmbeddingModule(LightningModule):
         init_weights: str | None = None,
     ) -> None:
         super().__init__()
+        frame = inspect.currentframe()
+        assert frame is not None
+        # kept in checkpoints; not sent to loggers, to which the command line gives the whole config
+        self.hparams.update(plain_arguments(frame))
         self.backbone, self.num_features = create_backbone(backbone, in_channels, pretrained, backbone_kwargs)
-        self.optimizer_config = optimizer or OptimizerConfig()
-        self.schedule_config = schedule or ScheduleConfig()
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.schedule_config = as_config(ScheduleConfig, schedule)
         self.channels_last = channels_last
         self.compile_backbone = compile_backbone
         self.check_finite = check_finite
@@ -94,15 +100,17 @@ class EmbeddingModule(LightningModule):
     # ---- training -------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Apply start weights (not on resume), memory format, compilation and DDP exemptions."""
-        resuming = getattr(self.trainer, "ckpt_path", None) is not None
-        if stage == "fit" and self.init_weights and not resuming:
-            load_weights(self, self.init_weights)
+        """Apply memory format, compilation and DDP exemptions."""
         if self.channels_last:
             self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_backbone and stage == "fit":
             self.backbone.compile()
         distributed.exempt_from_ddp_sync(self)
+
+    def on_fit_start(self) -> None:
+        """Apply start weights, unless the run resumes (Lightning does not know that in ``setup`` yet)."""
+        if self.init_weights and self.trainer.ckpt_path is None:
+            load_weights(self, self.init_weights)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed by (seed, epoch, batch, rank): dropout is the same after a resume at any point."""
@@ -115,12 +123,7 @@ class EmbeddingModule(LightningModule):
         out = self.step(self._formatted(batch))
         selection = self._select(out)
         loss, parts = _loss(out, None if selection is None else selection.weight)
-        if self.check_finite and not bool(torch.isfinite(loss.detach())):
-            raise FloatingPointError(_nonfinite_message(loss, out, self.trainer.global_step))
-        batch_size = out.label.shape[0]
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size)
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), batch_size=batch_size)
+        self._log_losses({"loss": loss, **parts}, out)
         return {
             "loss": loss,
             "embedding": out.embedding.detach(),
@@ -129,6 +132,14 @@ class EmbeddingModule(LightningModule):
             "selection": selection,
             "extras": out.extras,
         }
+
+    def _log_losses(self, parts: Mapping[str, Tensor], out: StepOutput) -> None:
+        """Log means over ranks; an infinite loss on any rank stops all of them, so that none hangs."""
+        values = distributed.mean_over_ranks(torch.stack([v.detach().float() for v in parts.values()]))
+        if self.check_finite and not bool(torch.isfinite(values[0])):
+            raise FloatingPointError(_nonfinite_message(values[0], out, self.global_step))
+        for name, value in zip(parts, values, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=out.label.shape[0])
 
     def _select(self, out: StepOutput) -> Selection | None:
         """This rank's decision, or None when no filter is on (bit-equal to the plain loss)."""
@@ -196,10 +207,13 @@ class EmbeddingModule(LightningModule):
         return self.backbone
 
     def _formatted(self, batch: Batch) -> Batch:
-        if self.channels_last and batch["image"].ndim == 4:
-            image = batch["image"].contiguous(memory_format=torch.channels_last)
-            return Batch(**{**batch, "image": image})  # type: ignore[typeddict-item]
-        return batch
+        """Images in the weights' type (they differ for ``precision="bf16-true"``) and memory format."""
+        image = batch["image"]
+        if image.is_floating_point() and image.dtype is not self.dtype:
+            image = image.to(self.dtype)
+        if self.channels_last and image.ndim == 4:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return batch if image is batch["image"] else Batch(**{**batch, "image": image})  # type: ignore[typeddict-item]
 
 
 def mix_seed(*numbers: int) -> int:
@@ -231,12 +245,14 @@ def _loss(out: StepOutput, weight: Tensor | None) -> tuple[Tensor, Mapping[str, 
 
 
 def _nonfinite_message(loss: Tensor, out: StepOutput, step: int) -> str:
-    bad = out.index[~torch.isfinite(out.embedding.detach()).all(dim=-1)].tolist()
+    index, sizes = distributed.gather_ragged(out.index)
+    finite = distributed.gather(torch.isfinite(out.embedding.detach()).all(dim=-1), sizes=sizes)
+    bad = index[~finite].tolist()
     if bad:
         where = f"embeddings are not finite for dataset indices {bad[:20]}"
     else:
-        where = f"all embeddings are finite; the batch holds dataset indices {out.index.tolist()[:20]}"
+        where = f"all embeddings are finite; the batch holds dataset indices {index.tolist()[:20]}"
     return (
-        f"The loss is {float(loss.detach())} at step {step}: {where}. "
+        f"The loss is {float(loss)} at step {step}: {where}. "
         "Look at these samples, lower the learning rate, or use fp32."
     )

@@ -13,6 +13,7 @@ from lightning_nrml.losses import ContrastiveLoss, CrossBatchContrastiveLoss, Lo
 from lightning_nrml.memory import FeatureQueue
 from lightning_nrml.models import create_head
 from lightning_nrml.models.heads import HeadName
+from lightning_nrml.modules.arguments import as_loss
 from lightning_nrml.modules.base import EmbeddingModule
 from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
 
@@ -55,7 +56,7 @@ class MetricLearning(EmbeddingModule):
     ) -> None:
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
         self.head = create_head(head, self.num_features, embedding_dim)
-        self.loss: Loss = ContrastiveLoss() if loss is None else loss
+        self.loss: Loss = ContrastiveLoss() if loss is None else as_loss(loss)
         self.memory = FeatureQueue(memory_size, embedding_dim) if memory_size else None
         self.memory_loss = CrossBatchContrastiveLoss(memory_margin)
         self.memory_weight, self.memory_start = memory_weight, memory_start
