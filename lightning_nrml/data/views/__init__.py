@@ -14,6 +14,7 @@ from lightning_nrml.data.views.geometry import (
     Resize,
     VerticalFlip,
 )
+from lightning_nrml.data.views.library import KorniaOp
 from lightning_nrml.data.views.recipes import (
     BYOLViews,
     EvalView,
@@ -39,6 +40,7 @@ __all__ = [
     "GaussianBlur",
     "Grayscale",
     "HorizontalFlip",
+    "KorniaOp",
     "MetricView",
     "MoCoViews",
     "MultiCropViews",
