@@ -59,7 +59,11 @@ def settings(data: Path) -> list[Setting]:
         f"--model.init_args.init_weights={data}/omniglot/simclr_start.npz",
     )
     caltech = (f"--data.init_args.path={data}/caltech101_dml/caltech101_dml_96.npz",)
-    cifar = (f"--data.init_args.path={data}/cifar10n/cifar10n_jpeg.npz", "--trainer.max_epochs=2")
+    cifar = (
+        f"--data.init_args.path={data}/cifar10n/cifar10n_jpeg.npz",
+        "--data.init_args.epoch_length=24960",  # 390 steps in all: one pass over the images
+        "--trainer.max_epochs=2",
+    )
     listed = "--data.init_args.noise_list=noise_lists.npz:given_r{rate}_s{seed}"
     found = [
         Setting(
@@ -83,7 +87,7 @@ def settings(data: Path) -> list[Setting]:
             found.append(
                 Setting(
                     "cifar10n_worse", "CIFAR-10N worse (human labels, 40 % wrong): 10,000 test images",
-                    "dml/prism_cifar10n", 0.4, 390, 10, 128, "--data.init_args.seed={seed}", cifar,
+                    "dml/prism_cifar10n", 0.4, 100, 10, 128, "--data.init_args.seed={seed}", cifar,
                 )
             )  # fmt: skip
     return found

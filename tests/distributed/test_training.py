@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,12 @@ class Stop(L.Callback):
 
 
 def fit(
-    folder: Path, name: str, epochs: int = 2, resume: str | None = None, **options: Any
+    folder: Path,
+    name: str,
+    epochs: int = 2,
+    resume: str | None = None,
+    precision: str = "64-true",
+    **options: Any,
 ) -> dict[str, Any]:
     """Digits by Lightning: in one process, or as one rank of the process group that is there."""
     world = distributed.world_size()
@@ -199,7 +206,7 @@ def fit(
     data = digits(batch_size=64 // world, eval_batch_size=100, **diet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = trainer(folder, 2, callbacks, **{"precision": "64-true", **options})
+        run = trainer(folder, 2, callbacks, precision=precision, **options)
         run.fit(net, data, ckpt_path=resume)
     return {
         "state": state_of(net),
@@ -244,3 +251,79 @@ def test_lightning_on_two_ranks_equals_one_process(gloo_pool, tmp_path, name):
     if name in ("avg", "vmf"):
         assert 0.3 < want["metrics"]["train/keep_rate"] < 0.9
         assert 0 < want["metrics"]["noise/auroc"] <= 1
+
+
+@pytest.mark.parametrize("name", ["avg", "epoch"])
+def test_resume_on_two_ranks_equals_the_uninterrupted_run(gloo_pool, tmp_path, name):
+    # in single precision: Lightning restores double weights before it makes the module double
+    single = "32-true"
+    whole, _ = gloo_pool.run(fit, tmp_path / "whole", name, 2, None, single)
+    gloo_pool.run(fit, tmp_path / "half", name, 1, None, single)
+    last = str(tmp_path / "half" / "epoch=0.ckpt")
+    for got in gloo_pool.run(fit, tmp_path / "half", name, 2, last, single):
+        assert got["steps"] == whole["steps"]
+        for key, value in whole["state"].items():
+            assert torch.equal(got["state"][key].nan_to_num(), value.nan_to_num()), key
+        half = len(whole["curve"]) - len(got["curve"])
+        assert torch.equal(got["curve"], whole["curve"][half:])
+        for key, value in whole["metrics"].items():
+            assert got["metrics"][key] == pytest.approx(value, abs=0, nan_ok=True)
+
+
+def one_bad_rank() -> str:
+    """Rank 1 meets a NaN: both must stop, and both must name its sample."""
+    net = norm_free(memory_size=0)
+    image, label = synthetic()
+    index = torch.arange(4) + 10 * distributed.rank()
+    batch = {"image": image[index].float(), "label": label[index], "index": index}
+    if distributed.rank() == 1:
+        batch["image"][2] = torch.nan
+    try:
+        net.training_step(batch, 0)
+    except FloatingPointError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_bad_loss_on_one_rank_stops_both(gloo_pool):
+    for message in gloo_pool.run(one_bad_rank):
+        assert "not finite for dataset indices [12]" in message
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import torch, test_training
+if __name__ == "__main__":
+    for name in ("avg", "epoch"):
+        folder = Path(sys.argv[3]) / name
+        result = test_training.fit(folder, name, strategy="ddp", devices=2, precision=32)
+        torch.save(result, folder / f"rank{test_training.distributed.rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_launches_equal_one_process(tmp_path):
+    """The whole road: ``strategy="ddp"`` starts its second process, single precision."""
+    here = Path(__file__).resolve().parent
+    script = tmp_path / "train.py"
+    script.write_text(LAUNCHED)
+    paths = [str(here.parent), str(here)]
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
+    }
+    env = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
+    command = [sys.executable, str(script), *paths, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sync_dist" not in done.stderr
+    assert "deprecated" not in done.stderr.replace("LeafSpec)` is deprecated", "")
+    for name in ("avg", "epoch"):
+        want = fit(tmp_path / "one" / name, name, precision=32)
+        zero, one = (torch.load(tmp_path / name / f"rank{r}.pt") for r in (0, 1))
+        assert zero["wrapped"] == "DistributedDataParallel"
+        assert [zero["writes"], one["writes"]] == [2, 0]
+        for key, value in zero["state"].items():
+            assert torch.equal(value.nan_to_num(), one["state"][key].nan_to_num()), key
+        assert_same_run(zero, want, 1e-5)
