@@ -29,6 +29,22 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse the optimiser state of another optimiser, which a resumed run would stumble over later.
+
+        Raises:
+            ValueError: the restored state lacks a setting that this optimiser needs.
+        """
+        super().on_train_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            missing = {key for group in optimizer.param_groups for key in optimizer.defaults.keys() - group}
+            if missing:
+                raise ValueError(
+                    f"The checkpoint's optimiser is not {type(optimizer).__name__} (it has no "
+                    f"{', '.join(sorted(missing))}): resume with the optimiser of the run, or start anew "
+                    "from its weights with model.init_weights."
+                )
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Writes ``best.ckpt`` whenever ``monitor`` improves; does nothing while nobody logs that metric.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -124,4 +125,4 @@ def _resume(trainer: Trainer) -> str:
     folder = Path(trainer.default_root_dir)
     if not trainer.checkpoint_callbacks or getattr(trainer, "fast_dev_run", False):
         return "no checkpoints are written"
-    return f"nrml fit --config {folder / 'config.yaml'} --ckpt_path last"
+    return f"nrml fit --config {shlex.quote(str(folder / 'config.yaml'))} --ckpt_path last"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from lightning_nrml.callbacks.checkpoint import LastCheckpoint
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
 
 #: logged key -> how a person says it
@@ -84,12 +86,16 @@ class FitSummary(Callback):
             lines.append(f"best checkpoint  {best.best_model_path} ({best.monitor} {score:.4f})")  # type: ignore[attr-defined]
         lines.append(f"run folder       {folder}")
         if config.is_file():
+            shown = f"--config {shlex.quote(str(config))}"
             if best is not None:
-                lines.append(f"evaluate         nrml test --config {config} --ckpt_path best")
-            lines.append(
-                f"train on         nrml fit --config {config} --ckpt_path last --trainer.max_epochs N"
-            )
+                lines.append(f"evaluate         nrml test {shown} --ckpt_path best")
+            if any(callback.last_model_path or callback.best_model_path for callback in _last(trainer)):
+                lines.append(f"train on         nrml fit {shown} --ckpt_path last --trainer.max_epochs N")
         return lines
+
+
+def _last(trainer: Trainer) -> list[LastCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
 
 
 def _best_epoch(trainer: Trainer) -> dict[str, float]:

@@ -3,10 +3,13 @@ checked checkpoints and errors of one sentence."""
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,14 +23,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.progress import NRMLProgressBar
 from lightning_nrml.callbacks.run_card import RunCard
 from lightning_nrml.callbacks.summary import FitSummary
 from lightning_nrml.cli.errors import UserError
-from lightning_nrml.cli.explain import explain, user_error
+from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
 from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
-from lightning_nrml.cli.run_folder import CHECKPOINTS, config_beside, default_run_folder, resolve_checkpoint
+from lightning_nrml.cli.run_folder import (
+    CHECKPOINTS,
+    check_writable,
+    config_beside,
+    default_run_folder,
+    resolve_checkpoint,
+)
 from lightning_nrml.cli.save_config import RunConfig
 
 #: read from the data once it exists, and handed to models that take them
@@ -102,6 +112,11 @@ class NRMLCLI(LightningCLI):
             config[key].dirpath = config[key].dirpath or str(self.run_folder / CHECKPOINTS)
         command = self.config.get("subcommand", "fit")
         self._ckpt_path = resolve_checkpoint(command, config.get("ckpt_path"), self.run_folder)
+        if self._ckpt_path is not None:
+            check_checkpoint(self._ckpt_path)
+        check_writable(self.run_folder)
+        if command == "predict" and config.get("return_predictions") is None:
+            config.return_predictions = False  # PredictionWriter has them
         # kept from Lightning until the run, which would overlay the config with the file's hyperparameters
         if "ckpt_path" in config:
             config.ckpt_path = None
@@ -134,6 +149,8 @@ class NRMLCLI(LightningCLI):
         trainer = self._section().trainer
         callbacks: list[Callback] = [] if trainer.enable_progress_bar is False else [NRMLProgressBar()]
         callbacks.append(FitSummary(str(self.run_folder)))
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(str(self.output_folder)))
         keys = ["run_card"]
         if trainer.enable_checkpointing is not False:
             keys += ["checkpoint_last", "checkpoint_best"]
@@ -141,7 +158,12 @@ class NRMLCLI(LightningCLI):
         callbacks += [built[key] for key in keys]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         self.save_config_kwargs = {"folder": str(self.output_folder)}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            if user_error(error) is None and raised_by(error, "lightning"):
+                raise UserError(f"trainer: {error}") from error
+            raise
 
     def _record_links(self) -> None:
         """Write what the data told the model into the config, so that the saved one is what ran.
@@ -167,6 +189,35 @@ class NRMLCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None
+
+
+def check_checkpoint(ckpt_path: str) -> None:
+    """See that a local file is a whole checkpoint, before minutes go into building data and model.
+
+    Raises:
+        UserError: it is not; says what it is instead.
+    """
+    import torch
+
+    path = Path(ckpt_path)
+    if "://" in ckpt_path:
+        return
+    if not path.is_file():
+        raise UserError(f"--ckpt_path {path} is a folder; name a checkpoint file in it, such as last.ckpt.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"--ckpt_path {path} is no whole checkpoint: it is incomplete or another kind of file; "
+            "give another one (best.ckpt or last.ckpt of the run)."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):  # holds more than tensors: Lightning decides
+        return
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        raise UserError(
+            f"--ckpt_path {path} holds no Lightning checkpoint; if these are bare weights, start from them "
+            "with --model.init_weights."
+        )
 
 
 def saved_wandb_id(ckpt_path: str) -> str | None:
@@ -216,7 +267,10 @@ KNOWN_DEPRECATIONS = (
     "``instantiate_classes`` was deprecated",
     "skip_none parameter was deprecated",
     "By default only one JsonargparseDeprecationWarning per type is shown",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
 )
+#: notes of Lightning that tell users of this package nothing
+ADVERTISEMENTS = ("litlogger",)
 
 
 @contextmanager
@@ -228,11 +282,21 @@ def without_known_deprecations() -> Iterator[None]:
         yield
 
 
+def without_advertisements() -> None:
+    """Keep the log free of :data:`ADVERTISEMENTS`; every other message passes."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_tells_something)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return not any(word in str(record.msg) for word in ADVERTISEMENTS)
+
+
 def run(args: list[str]) -> int:
     """Run the command line ``args``; user errors become one sentence on stderr and exit code 2."""
     debug = os.environ.get("NRML_DEBUG", "") not in ("", "0")
     try:
         args = expand_configs(args)
+        without_advertisements()
         NRMLCLI(args)
     except SystemExit as stop:  # --help, --print_config, Ctrl-C
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -27,6 +27,8 @@ OWN_SECTIONS = {
     "checkpoint_best": "lightning_nrml.callbacks.checkpoint.BestCheckpoint",
     "run_card": "lightning_nrml.callbacks.run_card.RunCard",
 }
+#: rooms whose classes may be given by name alone
+NAMED = ("model", "data", "callbacks", "logger", "loss", "filter")
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
 
@@ -134,7 +136,7 @@ def _check_value(where: str, value: Any, annotated: Sequence[ClassInfo] = ()) ->
         for i, item in enumerate(value):
             yield from _check_value(f"{where}.{i}", item, annotated)
     elif isinstance(value, str):
-        if room_of(where) in ("model", "data", "callbacks") and value[:1].isupper():
+        if room_of(where) in NAMED and value[:1].isupper():
             problem = check_class(where, value)[1]
             if problem:
                 yield problem
@@ -148,8 +150,11 @@ def _check_value(where: str, value: Any, annotated: Sequence[ClassInfo] = ()) ->
         info, problem = check_class(where, str(value["class_path"]))
         if problem:
             yield problem
-        if isinstance(value.get("init_args"), dict):
-            yield from _check_arguments(f"{where}.init_args", value["init_args"], info)
+        init = value.get("init_args")
+        if isinstance(init, dict):
+            yield from _check_arguments(f"{where}.init_args", init, info)
+        elif init is not None:
+            yield f"{where}.init_args: must be a mapping of arguments, got '{init}'"
     elif isinstance(value, dict) and len(annotated) == 1:
         yield from _check_arguments(where, value, annotated[0])
 
@@ -180,8 +185,9 @@ def check_override(key: str, value: str | None, tree: dict[str, Any]) -> str | N
         if class_path is None or names[0] in ("help", "dict_kwargs"):
             return None
         return _check_names(f"--{key}", names, find_class(str(class_path), parts[0]))
-    if parts == ["trainer", "callbacks"] and append and value and value[:1].isupper():
-        return check_class("trainer.callbacks", value)[1]
+    named = (parts == ["trainer", "callbacks"] and append) or parts == ["trainer", "logger"]
+    if named and value and value[:1].isupper():
+        return check_class(".".join(parts), value)[1]
     owner = {"trainer": TRAINER, **OWN_SECTIONS}.get(parts[0])
     if owner is not None and len(parts) > 1:
         return _check_names(f"--{key}", parts[1:2], find_class(owner))

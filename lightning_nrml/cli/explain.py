@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import linecache
+import opcode
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_nrml.cli.check import check_config, check_override, load_yaml
 from lightning_nrml.cli.errors import UserError, nearest
+from lightning_nrml.cli.foreign import foreign_sentence
 from lightning_nrml.cli.recipes import config_arguments
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
+RAISED_BY_US = (
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+)
 EXPECTED = r"Expected an? (?:<class ')?([\w.\[\], ]+?)'?>?(?:[.:]|$)"
 
 
@@ -29,16 +39,22 @@ def written_for_users(error: BaseException) -> bool:
     """
     if isinstance(error, UserError | ArgumentError | MisconfigurationException):
         return True
-    if not isinstance(error, ValueError | OSError | FloatingPointError | ImportError):
+    if isinstance(error, NotImplementedError) or not isinstance(error, RAISED_BY_US):
         return False
+    return raised_by(error, PACKAGE.name)
+
+
+def raised_by(error: BaseException, package: str) -> bool:
+    """True if ``error`` comes from a ``raise`` statement in the files of the top-level ``package``."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     if frame is None:
         return False
-    file = frame.tb_frame.f_code.co_filename
-    line = linecache.getline(file, frame.tb_lineno).strip()
-    return Path(file).is_relative_to(PACKAGE) and line.startswith("raise")
+    name = str(frame.tb_frame.f_globals.get("__name__", ""))
+    # the instruction, not the source line: the file may have been edited since it was imported
+    raised = frame.tb_frame.f_code.co_code[frame.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
+    return name.split(".")[0] == package and raised
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -53,14 +69,15 @@ def user_error(error: BaseException) -> BaseException | None:
         link = link.__cause__ or link.__context__
     if isinstance(error, ArgumentError):
         return error
-    return next((e for e in chain if written_for_users(e)), None)
+    return next((e for e in chain if written_for_users(e) or foreign_sentence(e)), None)
 
 
 def explain(error: BaseException, args: Sequence[str]) -> str:
     """One sentence for ``error``; ``args`` are the (expanded) arguments of the command line."""
     if isinstance(error, ArgumentError):
         return _mistyped(args) or _parser_message(str(error), args)
-    return " ".join(str(error).split())
+    text = foreign_sentence(error) or str(error.args[0] if isinstance(error, KeyError) else error)
+    return " ".join(text.split())
 
 
 def _mistyped(args: Sequence[str]) -> str | None:
@@ -100,27 +117,41 @@ def _parser_message(message: str, args: Sequence[str]) -> str:
     if match := re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message):
         verbs = re.findall(r"\w+", match[2])
         return f"there is no command '{match[1]}'; {nearest(match[1], [*verbs, 'recipes'])}"
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    owner = re.findall(r"class_path '([^']+)'", message)
+    where = ".".join(keys) + (f" ({owner[-1].rsplit('.', 1)[-1]})" if owner else "")
     if match := re.search(r"arguments are required: (.+)", message):
         missing = " and ".join(name.strip().removeprefix(f"{args[0]}.") for name in match[1].split(","))
+        if owner:
+            return f"{where} needs {missing}: set it under init_args."
         return f"'{args[0]}' still needs {missing}: give --config NAME (see 'nrml recipes ls') or set it."
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    where = ".".join(keys)
-    owner = re.findall(r"class_path '([^']+)'", message)
-    if owner:
-        where += f" ({owner[-1].rsplit('.', 1)[-1]})"
-    given = re.findall(r"(?:Given value|Got value): (.*)", message)
-    if len(keys) > 1:  # the inner key's part tells more than the whole section
-        inner = message.rsplit(f'Parser key "{keys[-1]}"', 1)[-1]
-        given = re.findall(r"(?:Given value|Got value): (.*)", inner)[:1] or given
-        message = inner
-    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+    if match := re.search(r"Option '(?:init_args\.)?(.+?)' is not accepted", message):
+        return f"{where}: there is no argument '{match[1]}'; see 'nrml {args[0]} --help'."
+    inner = message.rsplit(f'Parser key "{keys[-1]}"', 1)[-1] if keys else message
+    if match := re.search(r"Expected a dot import path string: (\S+)", inner):
         return f"{where}: there is no class '{match[1]}'; give a class name of this package or a.dotted.path."
-    choices = [c for text in re.findall(r"Literal(\[.*?\])", message) for c in ast.literal_eval(text)]
+    return _wrong_value(where, inner) or _leaves(where, inner)
+
+
+def _wrong_value(where: str, message: str) -> str | None:
+    """What a key accepts and what it was given, from the parser's part about that key."""
+    given = re.findall(r"(?:Given value|Got value): (.*)", message)
     value = given[0].strip("'\"") if given else ""
+    choices = [c for text in re.findall(r"Literal(\[.*?\])", message) for c in ast.literal_eval(text)]
     if choices:
         return f"{where} cannot be '{value}'; {nearest(value, map(str, choices), limit=20)}"
-    found = re.findall(EXPECTED, message, flags=re.MULTILINE)
+    found = re.findall(r"Not a valid subclass of (\w+)", message)
+    found += re.findall(EXPECTED, message, flags=re.MULTILINE)
     expected = [name for name in dict.fromkeys(found) if name != "NoneType"]
     if where and expected and value:
         return f"{where} must be {' or '.join(expected)}, got '{value}'."
-    return " ".join(message.split())
+    return None
+
+
+def _leaves(where: str, message: str) -> str:
+    """The innermost errors of the parser's tree; its wording may change, so this is the last way."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    noise = ("Errors:", "Subtypes:", "Does not validate", "Given value", "Expected a <class", "Problem with")
+    telling = [line for line in lines if line and not line.startswith(noise)]
+    text = " ".join(telling or lines)
+    return f"{where}: {text}" if where else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightning_nrml.cli.errors import UserError
@@ -62,6 +63,20 @@ def resolve_checkpoint(command: str, ckpt_path: str | None, run_folder: Path) ->
         else "train first with 'nrml fit', or set --trainer.default_root_dir to the run to evaluate."
     )
     raise UserError(f"--ckpt_path {ckpt_path} finds nothing: {path} does not exist ({found}); {mend}")
+
+
+def check_writable(folder: Path) -> None:
+    """See, without making it, that ``folder`` can be written to.
+
+    Raises:
+        UserError: it or the nearest folder above it is a file or may not be written.
+    """
+    mend = "name another place with --trainer.default_root_dir."
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not there.is_dir():
+        raise UserError(f"the run folder {folder} cannot be made: {there} is a file; {mend}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"the run folder {folder} cannot be written: {there} is read-only for you; {mend}")
 
 
 def config_beside(ckpt_path: str) -> Path | None:

@@ -89,8 +89,16 @@ class NRMLDataModule(LightningDataModule):
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if m_per_class is not None and (m_per_class < 1 or batch_size % m_per_class):
-            raise ValueError(f"batch_size {batch_size} must be a multiple of m_per_class {m_per_class}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 (load in this process) or more, got {num_workers}")
+        if m_per_class is not None and m_per_class < 1:
+            raise ValueError(f"m_per_class must be at least 1, or null for shuffling; got {m_per_class}")
+        if m_per_class is not None and batch_size % m_per_class:
+            near = max(batch_size // m_per_class, 1) * m_per_class
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of m_per_class {m_per_class}: set batch_size "
+                f"to {near}, or another m_per_class"
+            )
         if epoch_length is not None and m_per_class is None:
             raise ValueError("epoch_length needs m_per_class; or else use trainer.limit_train_batches")
         if on_bad_image not in ("raise", "skip"):
@@ -225,6 +233,11 @@ class NRMLDataModule(LightningDataModule):
     def train_paths(self) -> list[str] | None:
         """Names of the train images, for tables and galleries."""
         return self.splits.train.paths
+
+    @property
+    def predict_paths(self) -> list[str] | None:
+        """Names of the images that :meth:`predict_dataloader` serves, by ``index``."""
+        return None if self.splits.test is None else self.splits.test.paths
 
     @property
     def noise_summary(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,12 @@ class Npz:
             raise FileNotFoundError(f"no file {self.path}; {origin}")
         try:
             file = np.load(self.path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{self.path} cannot be read as npz: {error}") from error
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            # NumPy takes any other file for a pickle and suggests to load it unsafely
+            raise ValueError(
+                f"{self.path} is no readable npz: it is damaged, incomplete or of another kind; make it with "
+                "numpy.savez"
+            ) from error
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError(f"{self.path} holds a single array; an npz with named arrays is needed")
         self._file = file

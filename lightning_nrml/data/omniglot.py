@@ -17,7 +17,7 @@ from lightning_nrml.data.views import EvalView, MetricView, Views
 
 SIDE = 105
 # of the train images pooled to 28 x 28, in units of [0, 1]
-MEAN, STD = [0.078], [0.225]
+MEAN, STD = (0.078,), (0.225,)
 _ORIGIN = (
     "OmniglotDataModule reads an npz with the arrays bits (N, 1379) uint8, label and background, packed from "
     "github.com/brendenlake/omniglot"

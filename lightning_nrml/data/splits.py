@@ -87,7 +87,10 @@ def check_labels(label: np.ndarray, num_classes: int | None, where: str) -> np.n
     if array.ndim not in (1, 2):
         raise ValueError(f"{where}: labels must be (N,) or (N, L), got shape {array.shape}")
     if array.dtype.kind not in "iufb":
-        raise ValueError(f"{where}: labels must be integers, got {array.dtype}")
+        raise ValueError(
+            f"{where}: labels must be integers, got {array.dtype}; number the classes 0, 1, ... "
+            "(their names may stand in class_names)"
+        )
     upper = 2 if array.ndim == 2 else num_classes
     bad = np.zeros(array.shape, dtype=bool)
     if array.dtype.kind == "f":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import timm
@@ -35,9 +37,19 @@ def create_backbone(
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         raise ValueError(f"backbone '{name}' is not a timm model.{hint}")
-    model: Any = timm.create_model(
-        name, pretrained=pretrained, in_chans=in_channels, num_classes=0, **(kwargs or {})
-    )
+    try:
+        model: Any = timm.create_model(
+            name, pretrained=pretrained, in_chans=in_channels, num_classes=0, **(kwargs or {})
+        )
+    except TypeError as error:
+        raise ValueError(f"backbone_kwargs {kwargs} do not fit backbone '{name}': {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the pretrained weights of '{name}' are neither cached nor reachable; connect to the network "
+            "once, set pretrained to false, or name a file with init_weights"
+        ) from error
     features = getattr(model, "head_hidden_size", None) or model.num_features
     return model, int(features)
 
@@ -81,10 +93,18 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as data:
-            return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
-    loaded = torch.load(path, map_location="cpu", weights_only=False)
-    if isinstance(loaded, dict) and "state_dict" in loaded:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as data:
+                return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
+        loaded = torch.load(path, map_location="cpu", weights_only=False)
+    except (ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, BadZipFile) as error:
+        kind = "npz" if path.suffix == ".npz" else "torch file"
+        raise ValueError(
+            f"init_weights '{path}' is no readable {kind}: it is damaged, incomplete or of another kind."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"init_weights '{path}' holds a {type(loaded).__name__}, not a dict of tensors.")
+    if "state_dict" in loaded:
         return dict(loaded["state_dict"]), True
     return dict(loaded), False

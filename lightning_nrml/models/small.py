@@ -71,5 +71,5 @@ def conv4(pretrained: bool = False, **kwargs: Any) -> ConvNet:
     """:class:`ConvNet` under timm's factory; there are no pretrained weights."""
     if pretrained:
         raise ValueError("conv4 has no pretrained weights: set pretrained to false.")
-    known = {"in_chans", "widths", "strides", "input_size", "num_classes"}
-    return ConvNet(**{k: v for k, v in kwargs.items() if k in known})
+    # timm's factory adds its own, which mean nothing here
+    return ConvNet(**{k: v for k, v in kwargs.items() if not k.startswith(("pretrained_", "cache_dir"))})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
@@ -76,14 +77,24 @@ def create_optimizer(
         },
     ]
     groups = [g for g in groups if g["params"]]
-    optimizer: Optimizer = create_optimizer_v2(
-        groups,
-        opt=config.name,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **config.kwargs,
-    )
+    known = list_optimizers()
+    if config.name.lower().removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(config.name.lower(), known, n=3, cutoff=0.5)
+        raise ValueError(
+            f"optimizer.name '{config.name}' is not an optimiser of timm; nearest: "
+            f"{', '.join(near or ['adamw', 'sgd', 'lars'])}"
+        )
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            groups,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **config.kwargs,
+        )
+    except TypeError as error:
+        raise ValueError(f"optimizer.kwargs {config.kwargs} do not fit '{config.name}': {error}") from error
     return optimizer
 
 

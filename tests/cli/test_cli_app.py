@@ -50,6 +50,7 @@ def test_fit_layout_card_summary_resume_and_test(nrml, folder):
         "config.yaml",
         "hparams.yaml",
         "metrics.csv",
+        "results.json",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
     }

@@ -35,7 +35,9 @@ class KorniaOp(ViewOp):
         if not isinstance(found, type):
             names = [n for n in dir(library) if n[:1].isupper()]
             near = difflib.get_close_matches(name, names, n=3)
-            raise ValueError(f"kornia.augmentation has no class '{name}'. Nearest: {', '.join(near) or 'none'}.")
+            raise ValueError(
+                f"kornia.augmentation has no class '{name}'. Nearest: {', '.join(near) or 'none'}."
+            )
         try:
             self.operation = found(**(kwargs or {}))
         except TypeError as error:

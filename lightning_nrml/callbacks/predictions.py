@@ -1,0 +1,107 @@
+"""What ``nrml predict`` leaves behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_nrml import distributed
+
+KEYS = ("embedding", "index", "label")
+
+
+class PredictionWriter(Callback):
+    """Writes the embeddings of a predict run and a table that says whose they are.
+
+    ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label`` and
+    ``path`` where they are known) tells which image row i belongs to. Rows are in the order of ``index``;
+    those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with ``embedding`` and
+    ``index``, and ``label`` if there is one.
+
+    Args:
+        folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._parts = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch.
+
+        Raises:
+            TypeError: the module's ``predict_step`` returns something else.
+        """
+        if not isinstance(outputs, dict) or not {"embedding", "index"} <= outputs.keys():
+            raise TypeError(
+                f"{type(pl_module).__name__}.predict_step must return a dict with 'embedding' and 'index' "
+                "for PredictionWriter; extend EmbeddingModule, or write your own callback."
+            )
+        for key in KEYS:
+            if key in outputs:
+                self._parts.setdefault(key, []).append(outputs[key].detach().cpu())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather over the ranks and write, on rank 0."""
+        # a rank without rows takes its shapes from rank 0, which has the first ones
+        shapes = {key: (part[0].shape[1:], part[0].dtype) for key, part in self._parts.items()}
+        columns = {}
+        for key, (shape, dtype) in distributed.broadcast(shapes).items():
+            rows = torch.cat([torch.empty((0, *shape), dtype=dtype), *self._parts.get(key, [])])
+            columns[key] = distributed.gather_ragged(rows.to(pl_module.device))[0]
+        self._parts = {}
+        if not columns or not trainer.is_global_zero:
+            return
+        order = columns["index"].argsort(stable=True)
+        arrays = {key: value[order].cpu().numpy() for key, value in columns.items()}
+        folder = Path(self.folder or Path(trainer.default_root_dir, "predict"))
+        paths = getattr(getattr(trainer, "datamodule", None), "predict_paths", None)
+        write_predictions(folder, arrays, paths)
+        count, size = arrays["embedding"].shape
+        rank_zero_info(
+            f"{count} embeddings of {size} numbers: {folder / 'embeddings.npy'} (rows: index.parquet)"
+        )
+
+
+def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[str] | None = None) -> None:
+    """``embeddings.npy`` and ``index.parquet`` in ``folder``; each appears whole or not at all.
+
+    Args:
+        folder: made if it is missing.
+        arrays: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label`` ``(N,)`` or ``(N, L)``.
+        paths: name of the image at each ``index``.
+    """
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, Any] = {"index": arrays["index"]}
+    if "label" in arrays:
+        label = arrays["label"]
+        columns["label"] = label if label.ndim == 1 else label.tolist()
+    if paths is not None:
+        columns["path"] = [paths[i] for i in arrays["index"]]
+    part = folder / ".embeddings.part.npy"
+    np.save(part, arrays["embedding"].astype(np.float32, copy=False))
+    os.replace(part, folder / "embeddings.npy")
+    part = folder / ".index.part.parquet"
+    pd.DataFrame(columns).to_parquet(part, index=False)
+    os.replace(part, folder / "index.parquet")
