@@ -1,0 +1,174 @@
+"""The promised public names exist, with the promised parameters in order and with their defaults."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+
+REQUIRED = inspect.Parameter.empty
+
+#: module -> name -> promised parameters in their order; further ones may only follow with defaults
+PROMISED: dict[str, dict[str, dict[str, Any]]] = {
+    "types": {
+        "FilterContext": {
+            "embedding": REQUIRED,
+            "label": REQUIRED,
+            "index": REQUIRED,
+            "logits": None,
+            "per_sample_loss": None,
+            "epoch": 0,
+            "step": 0,
+        },
+        "Selection": dict.fromkeys(("weight", "score", "threshold"), REQUIRED),
+        "StepOutput": dict.fromkeys(("embedding", "label", "index"), REQUIRED),
+    },
+    "filters": {
+        "PRISM": {
+            "num_classes": REQUIRED,
+            "embedding_dim": REQUIRED,
+            "noise_rate": 0.5,
+            "memory_size": 8192,
+            "window": 30,
+            "similarity": "avg",
+            "warmup_steps": 0,
+            "count_empty_classes": False,
+        },
+        "NoiseFilter": {},
+        "FixedFilter": {"mask": ...},
+    },
+    "losses": {
+        "ContrastiveLoss": {"neg_margin": 0.5},
+        "CrossBatchContrastiveLoss": {},
+        "SupConLoss": {},
+        "PMLLoss": {"name": REQUIRED},
+    },
+    "memory": {
+        "FeatureQueue": {"size": REQUIRED, "dim": REQUIRED, "with_label": True},
+        "SampleLedger": {"num_samples": REQUIRED},
+    },
+    "metrics": {
+        "retrieval_metrics": {
+            "embedding": REQUIRED,
+            "label": REQUIRED,
+            "ks": (1, 2, 4, 8),
+            "query": None,
+            "gallery": None,
+            "chunk": None,
+        },
+        "RetrievalMetrics": {},
+        "nmi_ami": {"embedding": REQUIRED, "label": REQUIRED, "seed": ...},
+        "KNNClassifier": {"k": ..., "temperature": ...},
+        "FilterQuality": {},
+    },
+    "data.noise": {
+        "symmetric": {"label": REQUIRED, "rate": REQUIRED, "num_classes": REQUIRED, "seed": ...},
+        "asymmetric": {"label": REQUIRED, "rate": REQUIRED, "mapping": REQUIRED, "seed": ...},
+        "pair_flip": {"label": REQUIRED, "rate": REQUIRED, "num_classes": REQUIRED, "seed": ...},
+        "small_cluster": {"label": REQUIRED, "embedding": REQUIRED, "fraction": REQUIRED, "seed": ...},
+        "NoisyLabels": {"label": REQUIRED, "clean_label": REQUIRED, "is_noise": REQUIRED},
+    },
+    "data": {
+        name: {}
+        for name in (
+            "DigitsDataModule",
+            "FolderDataModule",
+            "TableDataModule",
+            "ArrayDataModule",
+            "CIFARDataModule",
+            "CIFARNDataModule",
+            "OmniglotDataModule",
+            "CUBDataModule",
+            "CarsDataModule",
+            "SOPDataModule",
+            "NoiseConfig",
+        )
+    },
+    "data.views": {
+        name: {} for name in ("simclr_views", "moco_views", "byol_views", "multicrop_views", "eval_view")
+    },
+    "modules": {"MetricLearning": {"backbone": ..., "backbone_kwargs": None}, "EmbeddingModule": {}},
+    "callbacks": {
+        "NoiseFilterCallback": {"filter": ..., "granularity": "batch"},
+        "PRISM": {},
+        "RetrievalEvaluator": {},
+    },
+}
+METHODS = {
+    ("memory", "FeatureQueue", "enqueue"): ["z", "label", "index"],
+    ("memory", "FeatureQueue", "get"): [],
+    ("metrics", "KNNClassifier", "fit"): ["bank", "label"],
+    ("metrics", "KNNClassifier", "predict"): ["query"],
+    ("filters", "NoiseFilter", "score"): ["ctx"],
+    ("filters", "NoiseFilter", "select"): ["ctx"],
+    ("filters", "NoiseFilter", "update"): ["ctx", "selection"],
+    ("losses", "ContrastiveLoss", "forward"): ["embedding", "label", "weight"],
+    ("losses", "SupConLoss", "forward"): ["embedding", "label", "weight"],
+    ("losses", "PMLLoss", "forward"): ["embedding", "label", "weight"],
+}
+NAMES = [(module, name) for module, names in PROMISED.items() for name in names]
+
+
+def public(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"lightning_nrml.{module}"), name)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m}.{n}" for m, n in NAMES])
+def test_promised_signature(module, name):
+    target, promised = public(module, name), PROMISED[module][name]
+    assert inspect.getdoc(target)
+    assert name in getattr(importlib.import_module(f"lightning_nrml.{module}"), "__all__", [name])
+    found = dict(inspect.signature(target).parameters)
+    assert list(found)[: len(promised)] == list(promised)
+    for parameter, default in promised.items():
+        if default is not ...:  # "..." promises the name only
+            assert found[parameter].default == default, parameter
+    free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if all(default is REQUIRED for default in promised.values()) and promised:
+        return  # what follows required names may be required, too (stats, loss functions)
+    extra = list(found.values())[len(promised) :] if promised else []
+    assert [p.name for p in extra if p.default is REQUIRED and p.kind not in free] == []
+
+
+@pytest.mark.parametrize(("module", "name", "method"), METHODS)
+def test_promised_method(module, name, method):
+    found = list(inspect.signature(getattr(public(module, name), method)).parameters)[1:]
+    assert found[: len(METHODS[module, name, method])] == METHODS[module, name, method]
+
+
+def test_every_datamodule_takes_noise():
+    from lightning_nrml.data import NRMLDataModule
+
+    assert "noise" in inspect.signature(NRMLDataModule).parameters
+    for name in PROMISED["data"]:
+        if name.endswith("DataModule"):
+            assert issubclass(public("data", name), NRMLDataModule), name
+
+
+def test_the_callback_takes_the_filters_arguments():
+    """PRISM in YAML is as flat as in Python; only the two sizes come from the data."""
+    own = set(inspect.signature(public("callbacks", "PRISM")).parameters)
+    theirs = set(inspect.signature(public("filters", "PRISM")).parameters)
+    assert theirs - {"num_classes", "embedding_dim"} <= own
+
+
+def test_filters_are_found_by_their_entry_points():
+    """Only meaningful where the package is installed; a checkout on the path has none."""
+    for point in entry_points(group="lightning_nrml.filters"):
+        if point.value.startswith("lightning_nrml."):
+            assert point.load() is public("filters", point.name)
+
+
+def test_importing_the_package_is_cheap():
+    """Neither torch nor Lightning comes in, not even for the exceptions of the command line."""
+    code = (
+        "import sys, lightning_nrml, lightning_nrml.cli, lightning_nrml.data\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'timm', 'faiss', 'wandb', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
