@@ -9,6 +9,8 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+__all__ = ["Batch", "FilterContext", "LossFn", "Selection", "StepOutput"]
+
 
 class Batch(TypedDict):
     """What a datamodule of this package yields.

@@ -116,7 +116,11 @@ class EmbeddingModule(LightningModule):
         """Seed by (seed, epoch, batch, rank): dropout is the same after a resume at any point."""
         seed = os.environ.get("PL_GLOBAL_SEED")
         if seed is not None:
-            torch.manual_seed(mix_seed(int(seed), self.current_epoch, batch_idx, distributed.rank()))
+            mixed = mix_seed(int(seed), self.current_epoch, batch_idx, distributed.rank())
+            # torch.manual_seed would also queue a call, with its stack trace, for every absent device
+            torch.default_generator.manual_seed(mixed)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(mixed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """step -> filters -> weighted loss -> log. Also returns what callbacks read."""

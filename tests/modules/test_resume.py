@@ -98,7 +98,7 @@ def test_checkpoint_holds_every_memory(tmp_path: Path) -> None:
 
 
 def test_checkpoint_with_filter_state_loads_without_the_filter(tmp_path: Path) -> None:
-    trained, _ = _run(tmp_path, CASES["avg"], 2)
+    _run(tmp_path, CASES["avg"], 2)
     run = trainer(tmp_path, 4, [evaluator := RetrievalEvaluator()])
     run.validate(module(), digits(), ckpt_path=tmp_path / "1.ckpt", weights_only=False, verbose=False)
     assert evaluator._metric is None
