@@ -76,15 +76,19 @@ def draw(values: Values, target: Path) -> None:
 
 def panel(axis, values: Values, setting: str, metric: str) -> None:  # type: ignore[no-untyped-def]
     """Bars of one data set and one metric."""
-    shown = 0.0
+    shown, means = 0.0, []
     for y, (method, (_, colour)) in enumerate(METHODS.items()):
         found = values.get((setting, method, metric), [])
         if found:
             mean = statistics.fmean(found)
             axis.barh(y, mean, color=colour, height=0.72)
             axis.plot(found, [y] * len(found), "o", color="black", markersize=2.2, alpha=0.7)
-            axis.text(mean * 0.5, y, f"{mean:.3f}", va="center", ha="center", color="white", fontsize=8)
             shown = max(shown, *found)
+            means.append((y, mean))
+    for y, mean in means:  # beside the bar where it is too short to hold the number
+        inside = mean > 0.3 * shown
+        place, colour = (mean * 0.5, "white") if inside else (mean + 0.12 * shown, "black")
+        axis.text(place, y, f"{mean:.3f}", va="center", ha="center", color=colour, fontsize=8)
     axis.set_yticks(range(len(METHODS)), [label for label, _ in METHODS.values()])
     axis.invert_yaxis() if not axis.yaxis_inverted() else None
     axis.set_xlim(0, max(shown * 1.08, 0.1))
