@@ -115,6 +115,15 @@ def reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def reduce_max(x: Tensor) -> Tensor:
+    """Maximum over ranks, entry by entry, without gradient."""
+    x = x.detach()
+    if is_initialized():
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean over ranks, without gradient: the denominator of a weighted mean."""
     return reduce_sum(x) / world_size()

@@ -3,20 +3,25 @@
 from lightning_nrml.losses.base import Loss
 from lightning_nrml.losses.byol import BYOLLoss
 from lightning_nrml.losses.contrastive import ContrastiveLoss, CrossBatchContrastiveLoss
+from lightning_nrml.losses.insclr import InsCLRLoss
 from lightning_nrml.losses.mochi import MoCHiLoss
 from lightning_nrml.losses.ntxent import NTXentLoss
 from lightning_nrml.losses.pml import PMLLoss
 from lightning_nrml.losses.softmax import CosineSoftmaxLoss
 from lightning_nrml.losses.supcon import SupConLoss
+from lightning_nrml.losses.swav import SwAVLoss, sinkhorn
 
 __all__ = [
     "BYOLLoss",
     "ContrastiveLoss",
     "CosineSoftmaxLoss",
     "CrossBatchContrastiveLoss",
+    "InsCLRLoss",
     "Loss",
     "MoCHiLoss",
     "NTXentLoss",
     "PMLLoss",
     "SupConLoss",
+    "SwAVLoss",
+    "sinkhorn",
 ]

@@ -41,8 +41,8 @@ class BYOLLoss(nn.Module):
                     f"'{name}' must have the shape {tuple(p_a.shape)} of 'p_a', got {tuple(x.shape)}."
                 )
         with full_precision(p_a):
-            index = p_a.new_zeros(len(p_a))
-            rows = [prepare(x, index, weight) for x in (p_a, p_b, t_a.detach(), t_b.detach())]
+            no_label = p_a.new_zeros(len(p_a))
+            rows = [prepare(x, no_label, weight) for x in (p_a, p_b, t_a.detach(), t_b.detach())]
             unit_a, unit_b, target_a, target_b = (unit_rows(x) for x, _ in rows)
             w = rows[0][1]
             cosine = (unit_a * target_b).sum(dim=1) + (unit_b * target_a).sum(dim=1)

@@ -101,9 +101,9 @@ class MoCHiLoss(nn.Module):
         if queue.ndim != 2 or queue.shape[1] != q.shape[-1]:
             raise ValueError(f"'queue' must be (K, {q.shape[-1]}) like 'q', got shape {tuple(queue.shape)}.")
         with full_precision(q):
-            index = q.new_zeros(len(q))
-            query, w = prepare(q, index, weight)
-            key, _ = prepare(k.detach().to(query), index, weight)
+            no_label = q.new_zeros(len(q))
+            query, w = prepare(q, no_label, weight)
+            key, _ = prepare(k.detach().to(query), no_label, weight)
             hard = min(self.num_hard, len(queue))
             num_mixed, num_query_mixed = (self.num_mixed, self.num_query_mixed) if hard else (0, 0)
             pairs = _complete(query, hard, num_mixed, hard_i, hard_j, alpha, top_share=1.0)

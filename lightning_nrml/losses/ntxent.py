@@ -81,7 +81,8 @@ class NTXentLoss(nn.Module):
             weight = torch.cat([weight, weight])
         with full_precision(z_a):
             both = torch.cat([z_a, z_b])
-            z, w = prepare(both, both.new_zeros(len(both)), weight)
+            no_label = both.new_zeros(len(both))
+            z, w = prepare(both, no_label, weight)
             total: Tensor = _NTXent.apply(unit_rows(z), w, self.temperature)
             return safe_divide(total, distributed.mean_over_ranks(w.sum()))
 

@@ -1,0 +1,170 @@
+"""Time and memory of the self-supervised losses beside plain torch, in the same run.
+
+Run: ``OMP_NUM_THREADS=1 pytest tests/benchmarks/test_ssl_speed.py -m benchmark -s``. Medians of process CPU
+time on one thread, ours and plain in turns so that other work on the machine hits both alike; on a GPU wall
+time between synchronisations. Memory is the peak during one call above that before it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrml.losses import MoCHiLoss, NTXentLoss, sinkhorn
+
+pytestmark = pytest.mark.benchmark
+DIM = 128
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+Call = Callable[[], object]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seconds(call: Call, device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def megabytes(call: Call, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before, peak, done = _resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _resident())
+            time.sleep(1e-4)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return (peak - before) / 1e6
+
+
+def compare(title: str, ours: Call, plain: Call, device: str, repeats: int) -> float:
+    """Print both and return the ratio of the medians."""
+    memory = [megabytes(ours, device), megabytes(plain, device)]
+    times = [(seconds(ours, device), seconds(plain, device)) for _ in range(repeats)]
+    own, peer = (statistics.median(t) for t in zip(*times, strict=True))
+    print(
+        f"\n{device} {title}: ours {own * 1e3:.1f} ms, {memory[0]:.0f} MB; plain torch {peer * 1e3:.1f} ms, "
+        f"{memory[1]:.0f} MB; ratio {own / peer:.2f}"
+    )
+    return own / peer
+
+
+def plain_ntxent(a: Tensor, b: Tensor, t: float) -> Tensor:
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    logits = (z @ z.T / t).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "repeats", "goal"), [(256, 40, 1.0), (1024, 9, 1.0), (4096, 3, 1.0)])
+def test_ntxent(device, n, repeats, goal):
+    a, b = torch.randn(2, n, DIM, generator=torch.Generator().manual_seed(0)).to(device)
+    a.requires_grad_()
+    b.requires_grad_()
+    loss = NTXentLoss(0.5)
+    ours = lambda: torch.autograd.grad(loss(a, b), (a, b))  # noqa: E731
+    plain = lambda: torch.autograd.grad(plain_ntxent(a, b, 0.5), (a, b))  # noqa: E731
+    for x, y in zip(ours(), plain(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-7)
+    assert compare(f"NT-Xent N={n} D={DIM}, forward and backward", ours, plain, device, repeats) < goal
+    if n == 4096 and device == "cpu":
+        assert megabytes(ours, device) < 120
+
+
+def plain_mochi(
+    q: Tensor, k: Tensor, queue: Tensor, t: float, hard: int, mixed: int, query_mixed: int
+) -> Tensor:
+    """Build every synthetic row."""
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+    negative = q @ queue.T
+    row = negative.detach().topk(hard).indices
+
+    def pick(num: int) -> Tensor:
+        return queue[row.gather(1, torch.randint(hard, (len(q), num), device=q.device))]
+
+    a = torch.rand(len(q), mixed, 1, device=q.device)
+    h = F.normalize(a * pick(mixed) + (1 - a) * pick(mixed), dim=2)
+    b = torch.rand(len(q), query_mixed, 1, device=q.device) / 2
+    g = F.normalize(b * q.detach()[:, None] + (1 - b) * pick(query_mixed), dim=2)
+    synthetic = [torch.einsum("bd,bsd->bs", q, x) for x in (h, g)]
+    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), negative, *synthetic], dim=1) / t
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "repeats", "goal"), [(16384, 5, 0.35), (65536, 3, 0.55)])
+def test_mochi(device, size, repeats, goal):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 256, DIM, generator=g).to(device)
+    q.requires_grad_()
+    queue = F.normalize(torch.randn(size, DIM, generator=g), dim=1).to(device)
+    loss, moco = MoCHiLoss(0.2, 1024, 1024, 128), MoCHiLoss(0.2)
+    ours = lambda: torch.autograd.grad(loss(q, k, queue), q)  # noqa: E731
+    plain = lambda: torch.autograd.grad(plain_mochi(q, k, queue, 0.2, 1024, 1024, 128), q)  # noqa: E731
+    torch.testing.assert_close(ours()[0], plain()[0], rtol=0.05, atol=2e-4)  # the draws differ
+    title = f"MoCHi(1024, 1024, 128), batch 256, queue {size}, forward and backward"
+    ratio = compare(title, ours, plain, device, repeats)
+    alone = statistics.median(
+        seconds(lambda: torch.autograd.grad(moco(q, k, queue), q), device) for _ in "12345"
+    )
+    print(f"  our MoCo loss without mixing: {alone * 1e3:.1f} ms")
+    assert device == "cuda" or ratio < goal
+
+
+def plain_sinkhorn(scores: Tensor) -> Tensor:
+    q = (scores / 0.05).exp().T
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(dim=1, keepdim=True) * q.shape[0]
+        q /= q.sum(dim=0, keepdim=True) * q.shape[1]
+    return (q * q.shape[1]).T
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sinkhorn(device):
+    g = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(1024, DIM, generator=g), dim=1)
+    scores = (z @ F.normalize(torch.randn(3000, DIM, generator=g), dim=1).T).to(device)
+    torch.testing.assert_close(sinkhorn(scores), plain_sinkhorn(scores), rtol=1e-3, atol=1e-8)
+    compare(
+        "Sinkhorn 1024 x 3000, 3 iterations",
+        lambda: sinkhorn(scores),
+        lambda: plain_sinkhorn(scores),
+        device,
+        21,
+    )
