@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,5 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(args)
 
 
+def script() -> int:
+    """:func:`main` for the shell: a reader such as ``head`` may close the pipe early."""
+    try:
+        return main()
+    except BrokenPipeError:
+        # the interpreter flushes once more at exit, which would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -62,6 +62,14 @@ class FitSummary(Callback):
         for line in self.lines(trainer):
             console.print(line, markup=False, highlight=False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C: where the run stands and how to go on."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.state.fn == "fit":
+            console = Console(soft_wrap=True)
+            console.print(f"Stopped in epoch {trainer.current_epoch}.", markup=False, highlight=False)
+            for line in self.lines(trainer):
+                console.print(line, markup=False, highlight=False)
+
     def _write_results(self, trainer: Trainer, last: dict[str, float], best: dict[str, float]) -> None:
         """``results.json`` in the run folder: last and best epoch, for scripts that compare runs."""
         folder = Path(self.run_folder or trainer.default_root_dir)

@@ -1,6 +1,6 @@
 """Remake the noise tables of docs/benchmarks.md: every method, data set, rate and seed, then the tables.
 
-    python recipes/benchmarks/noise_table.py --data ../shared/data --jobs 2
+    python recipes/benchmarks/noise_table.py --data DATA --jobs 2
 
 Each run is exactly one ``nrml fit`` command (kept in its run folder as ``command.txt``). Finished runs are
 not repeated, so the command can be stopped and started again; ``--only caltech101`` and ``--seeds 0``
@@ -227,7 +227,7 @@ def publish(out: Path, data: Path) -> None:
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=REPO / "data")
     parser.add_argument("--out", type=Path, default=REPO / "runs" / "noise_table")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
