@@ -72,10 +72,12 @@ class NoiseFilterCallback(Callback):
 
     Args:
         filter: the filter; subclasses such as :class:`PRISM` build theirs in :meth:`make_filter`.
-        granularity: see above.
+        granularity: ``batch`` weighs the rows of each batch; ``epoch`` judges the whole training set after
+            each epoch and lets the sampler skip dropped samples.
         start_epoch: first epoch in which decisions count; before it the filter only fills its memory.
         every_n_epochs: epochs between two whole-set passes (``granularity="epoch"`` only).
-        max_age: see above; 0 never brings a dropped sample back.
+        max_age: epochs after which a dropped sample is forwarded again, with weight 0, to be judged anew
+            (``granularity="epoch"`` only); 0 never brings one back.
         name: key under ``pl_module.filters``; default the filter's class name in lower case.
         save_ledger: write ``noise_ledger.parquet`` and ``.csv`` into the run folder at the end of fit.
     """
@@ -237,7 +239,8 @@ class NoiseFilterCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the per-sample ledger next to the checkpoints."""
         first = next((c for c in _callbacks(trainer) if isinstance(c, NoiseFilterCallback)), self)
-        if self.save_ledger and first is self and trainer.is_global_zero:
+        trial = getattr(trainer, "fast_dev_run", False)  # must not overwrite the ledger of a real run
+        if self.save_ledger and first is self and trainer.is_global_zero and not trial:
             folder = Path(trainer.default_root_dir)
             ledger = cast(SampleLedger, pl_module.noise_ledger)
             path = write_ledger(ledger, getattr(trainer, "datamodule", None), folder)

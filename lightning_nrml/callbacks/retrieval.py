@@ -32,6 +32,11 @@ class RetrievalEvaluator(Callback):
             raise ValueError(f"ks is {list(ks)}: give at least one k, each 1 or more.")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
+        known = {*(f"recall@{k}" for k in ks), "map@r", "r_precision"}
+        if monitor not in known:
+            raise ValueError(
+                f"monitor is '{monitor}': with these ks choose one of {', '.join(sorted(known))}."
+            )
         self.ks, self.monitor, self.every_n_epochs = tuple(ks), monitor, every_n_epochs
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}

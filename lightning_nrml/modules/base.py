@@ -138,9 +138,16 @@ class EmbeddingModule(LightningModule):
         }
 
     def _log_losses(self, parts: Mapping[str, Tensor], out: StepOutput) -> None:
-        """Log means over ranks; an infinite loss on any rank stops all of them, so that none hangs."""
-        values = distributed.mean_over_ranks(torch.stack([v.detach().float() for v in parts.values()]))
-        if self.check_finite and not bool(torch.isfinite(values[0])):
+        """Log means over ranks; an infinite loss on any rank stops all of them, so that none hangs.
+
+        So does a batch without a single finite embedding: a filter drops such rows, which would hide a
+        diverged net behind a loss of 0.
+        """
+        rows = torch.isfinite(out.embedding.detach()).all(dim=-1)
+        alive = rows.any().float() if len(rows) else torch.ones((), device=rows.device)
+        losses = [v.detach().float() for v in parts.values()]
+        *values, alive = distributed.mean_over_ranks(torch.stack([*losses, alive])).unbind()
+        if self.check_finite and not bool(torch.isfinite(values[0]) & (alive > 0)):
             raise FloatingPointError(_nonfinite_message(values[0], out, self.global_step))
         for name, value in zip(parts, values, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=out.label.shape[0])

@@ -54,6 +54,9 @@ class MetricLearning(EmbeddingModule):
         memory_start: int = 0,
         **kwargs: Any,
     ) -> None:
+        for name, value, least in (("embedding_dim", embedding_dim, 1), ("memory_size", memory_size, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be {least} or more.")
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
         self.head = create_head(head, self.num_features, embedding_dim)
         self.loss: Loss = ContrastiveLoss() if loss is None else as_loss(loss)

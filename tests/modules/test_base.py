@@ -13,7 +13,7 @@ from helpers import digits, module, state_of, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_nrml.callbacks import PRISM, NoiseFilterCallback
+from lightning_nrml.callbacks import PRISM, NoiseFilterCallback, RetrievalEvaluator
 from lightning_nrml.filters import FixedFilter
 from lightning_nrml.modules import EmbeddingModule
 from lightning_nrml.modules.base import mix_seed
@@ -299,3 +299,24 @@ def test_without_a_seed_the_random_state_is_left_alone(monkeypatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     net.on_train_batch_start(None, 0)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_diverged_net_is_noticed_behind_a_filter(tmp_path: Path) -> None:
+    """PRISM drops rows that are not finite; a batch of nothing else must not pass as a loss of 0."""
+    net = module()
+    with torch.no_grad():
+        net.head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="embeddings are not finite for dataset indices"):
+        trainer(tmp_path, 1, [PRISM(0.5)], limit_val_batches=0).fit(net, digits())
+
+
+def test_sizes_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="memory_size is -5"):
+        module(memory_size=-5)
+    with pytest.raises(ValueError, match="embedding_dim is 0"):
+        module(embedding_dim=0)
+
+
+def test_monitor_must_be_computed() -> None:
+    with pytest.raises(ValueError, match=r"monitor is 'recall@1'.*recall@5"):
+        RetrievalEvaluator(ks=(5, 10))
