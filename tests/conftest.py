@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# The nets are tiny: on a busy machine a second thread only waits for the first. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPO = Path(__file__).resolve().parents[1]
 
 
