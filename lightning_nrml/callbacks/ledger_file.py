@@ -18,7 +18,8 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
     """Table with one row per training sample, most suspicious first.
 
     Columns: ``index``, ``path`` and ``label`` (if the datamodule knows them), ``suggested_label``,
-    ``log_p_clean`` (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep``,
+    ``log_p_clean`` (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep`` (False
+    if the whole-set decision, or most of its batches, dropped the sample),
     ``rank`` (1 = most suspicious) and, where the truth is known, ``clean_label``.
     """
     import pandas as pd
@@ -38,7 +39,7 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
         "mean_log_p_clean": ledger.mean_score().tolist(),
         "times_seen": ledger.seen.tolist(),
         "times_dropped": ledger.dropped.tolist(),
-        "keep": ledger.keep.tolist(),
+        "keep": (ledger.keep & (2 * ledger.dropped <= ledger.seen)).tolist(),
     }
     frame = pd.DataFrame(columns)
     share = frame["times_dropped"] / frame["times_seen"].clip(lower=1)
