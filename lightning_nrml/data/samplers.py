@@ -149,7 +149,7 @@ class _EpochSampler(DistributedSampler[int]):
 
     def _global_batches(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """``(num_batches, global_batch_size)`` sample indices of this epoch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement _global_batches(pool, rng).")
 
 
 class MPerClassSampler(_EpochSampler):
