@@ -109,7 +109,7 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
         extra = [
             "--model.init_args.loss=" + json.dumps({"class_path": "CosineSoftmaxLoss", "init_args": loss}),
             "--model.init_args.memory_size=0",
-            "--model.init_args.optimizer.loss_lr=0.01",
+            "--model.init_args.optimizer.loss_lr=0.001",
         ]
     noise = [text.format(rate=setting.rate, seed=seed) for text in (setting.noise, *setting.fixed)]
     return [
