@@ -28,7 +28,8 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.config_filename
-        path.write_text(f"# written by 'nrml {stage}'; run again with --config {path}\n{text}")
+        verb = getattr(stage, "value", stage)  # TrainerFn prints as 'TrainerFn.FITTING'
+        path.write_text(f"# written by 'nrml {verb}'; run again with --config {path}\n{text}")
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere

@@ -68,6 +68,7 @@ def test_fit_layout_card_summary_resume_and_test(nrml, folder):
     assert "Recall@1 (val/recall@1)" in out
     assert "nrml test --config runs/tiny/config.yaml --ckpt_path best" in out
     # the resolved config, in the folder and in the logger, with what the links gave
+    assert (run / "config.yaml").read_text().startswith("# written by 'nrml fit';")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["num_classes"] == 7
     assert config["model"]["init_args"]["in_channels"] == 1
