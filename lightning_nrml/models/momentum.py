@@ -67,7 +67,8 @@ class MomentumTeacher(nn.Module):
         """
         if not 0 <= tau <= 1:
             raise ValueError(f"The teacher's momentum must be in [0, 1], got {tau}.")
-        mine, theirs = list(self.module.parameters()), list(student.parameters())
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(student.parameters())
         if [p.shape for p in mine] != [p.shape for p in theirs]:
             raise ValueError(
                 "The student's parameters do not match the teacher's: give the net it was copied from."

@@ -1,0 +1,63 @@
+"""Self-supervised modules on two ranks: keys, queue and codes are those of one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from lightning_nrml import distributed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modules"))
+from ssl_runs import module
+
+ROWS = 6
+
+
+def _views() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(2 * ROWS, 1, 8, 8, generator=generator) for _ in range(2)]
+
+
+def moco_step(splits: int) -> list[torch.Tensor]:
+    """Loss, queue and gradient of one step on this rank's rows; one process splits its batch statistics."""
+    net = module("MoCo", bn_splits=splits)
+    net._order_seed = 5
+    mine = distributed.own_rows([2 * ROWS // distributed.world_size()] * distributed.world_size())
+    views = [v[mine] for v in _views()]
+    batch = {"image": views[0], "views": views, "label": torch.zeros(len(views[0])).long()}
+    loss = net.step({**batch, "index": torch.arange(2 * ROWS)[mine]}).loss_fn(None)
+    loss.backward()
+    net.on_after_backward()
+    grad = net.projector[0].weight.grad
+    return [distributed.mean_over_ranks(x) for x in (loss, grad)] + [net.queue.embedding, net.queue.index]
+
+
+def test_moco_with_shuffled_batch_norm_equals_one_process_with_two_splits(gloo_pool) -> None:
+    one = moco_step(2)
+    for two in gloo_pool.run(moco_step, 1):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+    assert one[3][: 2 * ROWS].tolist() == list(range(2 * ROWS))
+
+
+def swav_codes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of this rank's rows with a full queue, gathered, and the queue after new rows."""
+    net = module("SwAV", queue_start_epoch=0)
+    generator = torch.Generator().manual_seed(1)
+    net.queues[0].enqueue(F.normalize(torch.randn(64, 16, generator=generator), dim=1))
+    scores = torch.randn(2 * ROWS, 20, generator=generator) * 0.3
+    z = F.normalize(torch.randn(2 * ROWS, 16, generator=generator), dim=1)
+    mine = distributed.own_rows([2 * ROWS // distributed.world_size()] * distributed.world_size())
+    codes = net.codes(scores[mine], 0)
+    net._new_rows = [z[mine], z[mine]]
+    net.on_after_backward()
+    return distributed.gather(codes), net.queues[0].embedding
+
+
+def test_swav_codes_with_a_shared_queue_equal_one_process(gloo_pool) -> None:
+    codes, queue = swav_codes()
+    for other_codes, other_queue in gloo_pool.run(swav_codes):
+        torch.testing.assert_close(other_codes, codes, rtol=1e-4, atol=1e-6)
+        assert torch.equal(other_queue, queue)
