@@ -71,7 +71,7 @@ def test_both_ranks_log_the_same_and_kNN_and_probe_are_those_of_one_process(gloo
     assert ranks[0].keys() == alone.keys() >= {"val/knn_top1", "val/probe_top1", "health/alignment"}
     # one train row fewer in two equal parts, and another 401 of 500 images: close, not equal
     for key, value in alone.items():
-        assert ranks[0][key] == pytest.approx(value, rel=0.05), key
+        assert ranks[0][key] == pytest.approx(value, rel=0.05, abs=0.03), key
     if mode == "exact":
         assert ranks[0]["val/knn_top1"] == alone["val/knn_top1"]
         assert ranks[0]["val/knn_top5"] == alone["val/knn_top5"]
