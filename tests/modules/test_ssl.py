@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from lightning_nrml.callbacks import KnownClean
 from lightning_nrml.data import NoiseConfig
 from lightning_nrml.losses.swav import sinkhorn
-from lightning_nrml.metrics import KNNClassifier
 from lightning_nrml.models import cosine_tau
 from lightning_nrml.modules import SimCLR
 
@@ -227,15 +226,3 @@ def test_collapse_would_show_in_output_std() -> None:
     torch.manual_seed(0)
     assert float(spread(torch.randn(1000, 64))) == pytest.approx(1.0, abs=0.02)
     assert float(spread(torch.randn(1, 64).expand(50, 64))) == pytest.approx(0.0, abs=1e-6)
-
-
-def _knn(net, data) -> float:
-    net.eval()
-    rows = []
-    for loader in (data.embed_dataloader(), data.test_dataloader()):
-        batches = [data.apply_views(b, training=False) for b in loader]
-        with torch.no_grad():
-            rows.append(torch.cat([net.embed(b["image"]) for b in batches]))
-        rows.append(torch.cat([b["label"] for b in batches]))
-    bank, label, query, truth = rows
-    return float((KNNClassifier(20).fit(bank, label).predict(query) == truth).float().mean())
