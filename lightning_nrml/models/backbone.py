@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
-import numpy as np
 import timm
-import torch
 from timm.models.resnet import ResNet
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_nrml.models import small as small  # registers conv4 with timm
 
@@ -81,59 +76,3 @@ def _set_cifar_stem(model: Any, name: str, stem: str, pretrained: bool) -> None:
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, 1, 1, bias=old.bias is not None)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
-
-
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
-
-    Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
-    torch files. A name is taken as it is, or with ``backbone.`` put before it. Names of other parts
-    (projectors, filters, memories) are left out only for Lightning checkpoints.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: nothing fits, or a name or shape does not fit; lists the first ones.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"init_weights: there is no file '{path}'.")
-    state, lenient = _read_state(path)
-    target = module.state_dict()
-    found: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, value in state.items():
-        full = next((n for n in (name, f"backbone.{name}") if n in target), None)
-        if full is None:
-            if not lenient:
-                wrong.append(f"{name} (not in the model)")
-        elif target[full].shape != value.shape:
-            wrong.append(
-                f"{name} ({tuple(value.shape)} in the file, {tuple(target[full].shape)} in the model)"
-            )
-        else:
-            found[full] = value
-    if wrong or not found:
-        shown = ", ".join(wrong[:5]) or "no name in common"
-        raise ValueError(
-            f"init_weights '{path}' does not fit the model: {shown}. Use the backbone, backbone_kwargs, "
-            "in_channels and embedding_dim that the file was made with."
-        )
-    module.load_state_dict(found, strict=False)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as data:
-                return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
-        loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except (ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, BadZipFile) as error:
-        kind = "npz" if path.suffix == ".npz" else "torch file"
-        raise ValueError(
-            f"init_weights '{path}' is no readable {kind}: it is damaged, incomplete or of another kind."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"init_weights '{path}' holds a {type(loaded).__name__}, not a dict of tensors.")
-    if "state_dict" in loaded:
-        return dict(loaded["state_dict"]), True
-    return dict(loaded), False

@@ -77,11 +77,10 @@ class LinearProbe(EmbeddingModule):
         self.backbone.eval()
         return self
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         """As the base class; says so if there is nothing to evaluate."""
-        super().setup(stage)
-        resuming = getattr(self.trainer, "ckpt_path", None) is not None
-        if stage == "fit" and not (self.init_weights or self.pretrained or resuming):
+        super().on_fit_start()
+        if not (self.init_weights or self.pretrained or self.trainer.ckpt_path):
             rank_zero_warn(
                 "LinearProbe measures a random backbone: set init_weights to a checkpoint, or pretrained."
             )

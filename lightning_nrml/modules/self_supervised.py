@@ -57,11 +57,10 @@ class SelfSupervised(EmbeddingModule):
     def after_optimizer_step(self) -> None:
         """Runs right after the weights have moved, while ``global_step`` still counts the steps before."""
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         """As the base; teachers and queues follow ``init_weights``."""
-        super().setup(stage)
-        resuming = getattr(self.trainer, "ckpt_path", None) is not None
-        if stage == "fit" and self.init_weights and not resuming:
+        super().on_fit_start()
+        if self.init_weights and self.trainer.ckpt_path is None:
             self.start_over()
 
     def optimizer_step(
@@ -82,10 +81,11 @@ class SelfSupervised(EmbeddingModule):
 
     def _formatted(self, batch: Batch) -> Batch:
         batch = super()._formatted(batch)
-        if self.channels_last and "views" in batch:
-            views = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
-            return Batch(**{**batch, "views": views})  # type: ignore[typeddict-item]
-        return batch
+        if "views" not in batch:
+            return batch
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        views = [view.to(dtype=self.dtype, memory_format=layout) for view in batch["views"]]
+        return Batch(**{**batch, "views": views})  # type: ignore[typeddict-item]
 
 
 class TaughtModule(SelfSupervised):

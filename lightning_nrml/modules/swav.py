@@ -100,7 +100,7 @@ class SwAV(SelfSupervised):
             h += self.features(list(group), joint=True)
         z = F.normalize(self.projector(torch.cat(h)).float(), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # codes magnify rounding errors by 1 / epsilon
-            scores = list(self.prototypes(z).chunk(len(views)))
+            scores = list(F.linear(z, self.prototypes.weight.float()).chunk(len(views)))
         large = z.detach().chunk(len(views))[: self.large_crops]
         codes = [self.codes(scores[i].detach(), i) for i in range(self.large_crops)]
         self._new_rows = list(large) if self._queue_runs else []
@@ -115,7 +115,7 @@ class SwAV(SelfSupervised):
         """Balanced codes ``(B, K)`` for the scores ``(B, K)`` of large crop number ``crop``."""
         rows = self._queue_rows(crop)
         if rows is not None:
-            scores = torch.cat([rows @ self.prototypes.weight.T, scores])
+            scores = torch.cat([rows.float() @ self.prototypes.weight.float().T, scores])
         all_codes = sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
         return all_codes if rows is None else all_codes[len(rows) :]
 

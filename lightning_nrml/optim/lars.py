@@ -15,7 +15,8 @@ Trust = Literal["joint", "separate"]
 class LARS(Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the size of the weights.
 
-    With ``u = g + weight_decay * w`` and trust ``t`` (1 where ``w`` or the gradient is all 0):
+    With ``u = g + weight_decay * w`` and trust ``t`` (1 where ``w`` or, for "joint", ``u``, for "separate",
+    ``g`` is all 0):
 
     * ``trust="joint"``: ``t = eta |w| / |u|`` (official SimCLR ``lars_optimizer.py`` and BYOL
       ``utils/optimizers.py``);
@@ -114,11 +115,12 @@ def _trust(
     """0-d trust ratios; no value is read back, so a GPU never waits."""
     weight = torch.stack(list(torch._foreach_norm(params)))
     if group["trust"] == "joint":
-        size = torch.stack(list(torch._foreach_norm(updates)))
+        size = moving = torch.stack(list(torch._foreach_norm(updates)))
     else:
-        size = torch.stack(list(torch._foreach_norm(grads))) + group["weight_decay"] * weight
+        moving = torch.stack(list(torch._foreach_norm(grads)))
+        size = moving + group["weight_decay"] * weight
     ratio = group["trust_coefficient"] * weight / size
-    ratio = torch.where((weight > 0) & (size > 0), ratio, torch.ones_like(ratio))
+    ratio = torch.where((weight > 0) & (moving > 0), ratio, torch.ones_like(ratio))
     if group["clip"] and group["lr"] > 0:
         ratio = (ratio / group["lr"]).clamp(max=1.0)
     return list(ratio.unbind())

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from ssl_runs import module
 from torch.nn import functional as F
 
 from lightning_nrml import distributed
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modules"))
-from ssl_runs import module
 
 ROWS = 6
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import state_of, trainer
 from lightning.pytorch.callbacks import Callback
+from ssl_runs import PooledNet, digits, module
 from torch.nn import functional as F
 
 from lightning_nrml.callbacks import KnownClean
@@ -16,8 +17,6 @@ from lightning_nrml.data import NoiseConfig
 from lightning_nrml.losses.swav import sinkhorn
 from lightning_nrml.models import cosine_tau
 from lightning_nrml.modules import SimCLR
-
-from ssl_runs import PooledNet, digits, module  # isort: skip
 
 
 def _batch(rows: int = 12, sizes: tuple[int, ...] = (8, 8), start: int = 0) -> dict:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from helpers import assert_same_state, state_of, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from ssl_runs import METHODS, digits, module
 
 from lightning_nrml.modules import MetricLearning
-
-from ssl_runs import METHODS, digits, module  # isort: skip
 
 STATE = {
     "SimCLR": ["projector.0.weight"],
