@@ -25,6 +25,10 @@ class LinearProbe(EmbeddingModule):
     Logs ``val/probe_top1`` (and ``val/probe_top5`` above five classes). Report the last epoch: the best
     one is chosen on the labels that are measured.
 
+    This protocol favours backbones whose features happen to have the scale that suits the rate. To compare
+    backbones of different scales, ``batch_norm`` standardises the features first, as is also usual (He et
+    al., "Masked Autoencoders", CVPR 2022, arXiv 2111.06377, appendix A.1).
+
     Noise filters work here too (``logits`` and ``per_sample_loss`` are given).
 
     Args:
@@ -34,6 +38,7 @@ class LinearProbe(EmbeddingModule):
         schedule: default as above.
         init_weights: what to evaluate: a checkpoint of any module of this package with the same backbone,
             or a saved backbone. Without it (and without ``pretrained``) a random backbone is measured.
+        batch_norm: a batch norm without scale and offset between backbone and classifier.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class LinearProbe(EmbeddingModule):
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
         init_weights: str | None = None,
+        batch_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         optimizer = optimizer or OptimizerConfig("sgd", lr=0.1, weight_decay=0.0)
@@ -65,6 +71,7 @@ class LinearProbe(EmbeddingModule):
         self.pretrained = pretrained
         self.num_classes = num_classes
         self.backbone.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(self.num_features, affine=False) if batch_norm else nn.Identity()
         self.linear = nn.Linear(self.num_features, num_classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -94,7 +101,7 @@ class LinearProbe(EmbeddingModule):
     def step(self, batch: Batch) -> StepOutput:
         """Cross-entropy per sample of the classifier on frozen features."""
         h = self.features(batch["image"])
-        logits = self.linear(h)
+        logits = self.linear(self.norm(h))
         loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")
         return StepOutput(h, batch["label"], batch["index"], logits=logits, per_sample_loss=loss)
 
@@ -103,7 +110,7 @@ class LinearProbe(EmbeddingModule):
     def _embed_batch(self, batch: Batch) -> dict[str, Tensor]:
         batch = self._formatted(batch)
         h = self.features(batch["image"])
-        out = {"embedding": F.normalize(h.float(), dim=1), "logits": self.linear(h), "index": batch["index"]}
+        out = {"embedding": F.normalize(h.float(), dim=1), "logits": self.linear(self.norm(h)), "index": batch["index"]}
         if "label" in batch:
             out["label"] = batch["label"]
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from ssl_runs import module
 from torch.nn import functional as F
@@ -56,3 +57,46 @@ def test_swav_codes_with_a_shared_queue_equal_one_process(gloo_pool) -> None:
     for other_codes, other_queue in gloo_pool.run(swav_codes):
         torch.testing.assert_close(other_codes, codes, rtol=1e-4, atol=1e-6)
         assert torch.equal(other_queue, queue)
+
+
+def one_step(method: str) -> list[torch.Tensor]:
+    """Loss and mean gradients of one step; batch norm uses stored statistics, which no split changes."""
+    net = module(method, **({"queue_start_epoch": 0} if method == "SwAV" else {})).eval()
+    generator = torch.Generator().manual_seed(3)
+    if method == "SwAV":
+        for queue in net.queues:
+            queue.enqueue(F.normalize(torch.randn(64, 16, generator=generator), dim=1))
+    mine = distributed.own_rows([2 * ROWS // distributed.world_size()] * distributed.world_size())
+    views = [v[mine] for v in _views()]
+    batch = {"image": views[0], "views": views, "label": torch.zeros(len(views[0])).long()}
+    loss = net.step({**batch, "index": torch.arange(2 * ROWS)[mine]}).loss_fn(None)
+    loss = loss["loss"] if isinstance(loss, dict) else loss
+    loss.backward()
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    return [distributed.mean_over_ranks(x.detach()) for x in (loss, *grads)]
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "MoCo", "BYOL", "SwAV"])
+def test_a_step_of_two_ranks_has_loss_and_gradient_of_one_process(gloo_pool, method: str) -> None:
+    one = one_step(method)
+    assert sum(float(g.abs().sum()) for g in one[1:]) > 0.1
+    for two in gloo_pool.run(one_step, method):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+def mochi_queue() -> list[torch.Tensor]:
+    """Queue after a step with mixed negatives, whose draws differ from rank to rank."""
+    net = module("MoCHi", warmup_epochs=0).eval()
+    torch.manual_seed(distributed.rank())
+    mine = distributed.own_rows([2 * ROWS // distributed.world_size()] * distributed.world_size())
+    views = [v[mine] for v in _views()]
+    batch = {"image": views[0], "views": views, "label": torch.zeros(len(views[0])).long()}
+    net.step({**batch, "index": torch.arange(2 * ROWS)[mine]}).loss_fn(None).backward()
+    net.on_after_backward()
+    return [net.queue.embedding, net.queue.index, net.queue.pointer]
+
+
+def test_mochis_draws_leave_the_queue_of_all_ranks_equal(gloo_pool) -> None:
+    one, (two, three) = mochi_queue(), gloo_pool.run(mochi_queue)
+    assert all(torch.equal(a, b) for a, b in zip(two, three, strict=True))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
