@@ -56,7 +56,7 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
 
 
 def load_backbone(backbone: nn.Module, path: str | Path, argument: str = "backbone_ckpt") -> None:
-    """Start a backbone from any file that :func:`load_weights` reads; everything else in it is left out.
+    """Start a backbone from any file that :func:`load_weights` reads.
 
     Of a checkpoint of this package only the names ``backbone.*`` count; any other file must hold the
     names of the backbone itself, as :func:`export_backbone` and timm write them (timm's classifier is
@@ -85,8 +85,8 @@ def load_backbone(backbone: nn.Module, path: str | Path, argument: str = "backbo
     absent = _absent(list(target), found)
     if wrong or absent:
         raise ValueError(
-            f"{argument} '{path}' does not fit the backbone: {_shown(wrong, absent, state)}. Use the backbone, "
-            "backbone_kwargs, in_channels and stem that the file was made with."
+            f"{argument} '{path}' does not fit the backbone: {_shown(wrong, absent, state)}. Use the "
+            "backbone, backbone_kwargs, in_channels and stem that the file was made with."
         )
     backbone.load_state_dict(found, strict=False)
 
@@ -125,7 +125,7 @@ def backbone_state(path: str | Path, argument: str) -> dict[str, Tensor]:
     if lenient and not inner:
         names = ", ".join(list(state)[:5]) or "none"
         raise ValueError(
-            f"{argument} '{path}' is a checkpoint without a part named 'backbone' (its first names: {names}): "
+            f"{argument} '{path}' is a checkpoint without a part named 'backbone' (first names: {names}): "
             "save the backbone's own state_dict() from the code that wrote it, and give that file."
         )
     return inner or state

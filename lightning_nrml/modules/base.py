@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from lightning_nrml import distributed
 from lightning_nrml.filters.chain import FilterChain, gathered_context, tolerate_absent_filters
 from lightning_nrml.models import create_backbone, load_weights
-from lightning_nrml.modules.arguments import as_config, plain_arguments
 from lightning_nrml.models.backbone import Stem
+from lightning_nrml.modules.arguments import as_config, plain_arguments
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
 from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
 

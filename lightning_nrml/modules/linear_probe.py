@@ -110,7 +110,11 @@ class LinearProbe(EmbeddingModule):
     def _embed_batch(self, batch: Batch) -> dict[str, Tensor]:
         batch = self._formatted(batch)
         h = self.features(batch["image"])
-        out = {"embedding": F.normalize(h.float(), dim=1), "logits": self.linear(self.norm(h)), "index": batch["index"]}
+        out = {
+            "embedding": F.normalize(h.float(), dim=1),
+            "logits": self.linear(self.norm(h)),
+            "index": batch["index"],
+        }
         if "label" in batch:
             out["label"] = batch["label"]
         return out

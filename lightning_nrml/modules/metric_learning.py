@@ -62,7 +62,9 @@ class MetricLearning(EmbeddingModule):
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be {least} or more.")
         if backbone_ckpt and kwargs.get("init_weights"):
-            raise ValueError("Give backbone_ckpt (the backbone alone) or init_weights (all that fits), not both.")
+            raise ValueError(
+                "Give backbone_ckpt (the backbone alone) or init_weights (all that fits), not both."
+            )
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
         self.head = create_head(head, self.num_features, embedding_dim)
         self.loss: Loss = ContrastiveLoss() if loss is None else as_loss(loss)

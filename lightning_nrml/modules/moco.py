@@ -14,7 +14,7 @@ from lightning_nrml.memory import FeatureQueue
 from lightning_nrml.models import MomentumTeacher, projector
 from lightning_nrml.modules.base import mix_seed
 from lightning_nrml.modules.self_supervised import TaughtModule
-from lightning_nrml.types import Batch, Selection, StepOutput
+from lightning_nrml.types import Batch, StepOutput
 
 
 class MoCo(TaughtModule):
@@ -70,7 +70,6 @@ class MoCo(TaughtModule):
         self.shuffle_bn, self.bn_splits = shuffle_bn, bn_splits
         self._order_seed = 0
         self._new_keys: tuple[Tensor, Tensor] | None = None
-        self._keep: Tensor | None = None
         self._fill_queue()
 
     def _fill_queue(self) -> None:
@@ -134,17 +133,10 @@ class MoCo(TaughtModule):
             )
         return view.chunk(self.bn_splits)
 
-    def _select(self, out: StepOutput) -> Selection | None:
-        selection = super()._select(out)
-        self._keep = None if selection is None else selection.keep
-        return selection
-
     def on_after_backward(self) -> None:
         """Only now do the new keys enter the queue: before, they would be negatives of themselves."""
         super().on_after_backward()
         new, self._new_keys = self._new_keys, None
-        keep, self._keep = self._keep, None
         if new is not None:
             keys, index = new
-            keep = None if keep is None else distributed.gather(keep)
-            self.queue.enqueue(keys, index=distributed.gather(index), keep=keep)
+            self.queue.enqueue(keys, index=distributed.gather(index), keep=self.kept_rows())

@@ -9,9 +9,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nrml import distributed
 from lightning_nrml.models import MomentumTeacher, cosine_tau
 from lightning_nrml.modules.base import EmbeddingModule
-from lightning_nrml.types import Batch
+from lightning_nrml.types import Batch, Selection, StepOutput
 
 
 class SelfSupervised(EmbeddingModule):
@@ -23,6 +24,17 @@ class SelfSupervised(EmbeddingModule):
 
     Arguments are those of :class:`EmbeddingModule`.
     """
+
+    _keep: Tensor | None = None
+
+    def _select(self, out: StepOutput) -> Selection | None:
+        selection = super()._select(out)
+        self._keep = None if selection is None else selection.keep
+        return selection
+
+    def kept_rows(self) -> Tensor | None:
+        """``(W B,)`` bool, the images of this step's gathered batch that the filters keep; None = all."""
+        return None if self._keep is None else distributed.gather(self._keep)
 
     def views(self, batch: Batch, at_least: int = 2) -> list[Tensor]:
         """The views of a batch, each ``(B, C, h, w)``.

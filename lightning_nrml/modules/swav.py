@@ -30,7 +30,8 @@ class SwAV(SelfSupervised):
     The queue is one for all ranks, of which each brings its share to the Sinkhorn: the codes are those of
     one process, and checkpoints hold the whole. Small sets: queue and batch together should not be
     smaller than ``num_prototypes``. A ViT needs ``backbone_kwargs: {dynamic_img_size: true}`` for crops
-    of two sizes.
+    of two sizes. Images that a noise filter drops take part in the balance of their own batch's codes, which
+    are made before the filter speaks, but in no loss and no queue.
 
     Args:
         backbone: see :class:`EmbeddingModule`, as are all arguments not listed here.
@@ -138,8 +139,9 @@ class SwAV(SelfSupervised):
         """Only now do the projections enter the queues."""
         super().on_after_backward()
         rows, self._new_rows = self._new_rows, []
+        keep = self.kept_rows() if rows else None
         for queue, new in zip(self._rings(), rows, strict=False):
-            queue.enqueue(distributed.gather(new))
+            queue.enqueue(distributed.gather(new), keep=keep)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Frozen prototypes have no gradient at all, so that weight decay and momentum skip them too."""

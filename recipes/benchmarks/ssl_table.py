@@ -62,6 +62,9 @@ def settings() -> list[Setting]:
     cifar_kwargs = json.dumps({"input_size": 32, "widths": [32, 64, 128, 128]})
     cifar_model = f"--model.init_args.backbone_kwargs={cifar_kwargs}"
     cifar_data = ("--data.init_args.path={prepared}", "--data.init_args.image_size=32")
+    cifar_views = (
+        "--data.init_args.train_view.init_args.size=32", "--data.init_args.eval_view.init_args.size=32"
+    )  # fmt: skip
     return [
         Setting("digits", "scikit-learn digits: 1,297 train and 500 test images", "digits", 8),
         Setting(
@@ -73,14 +76,12 @@ def settings() -> list[Setting]:
             "cifar10", f"CIFAR-10, the first {CIFAR_TRAIN:,} train and {CIFAR_TEST:,} test images",
             "caltech101", 32, "cifar10n/cifar10n_jpeg.npz", "cifar10_subset.npz",
             (
-                *cifar_data, "--data.init_args.subset=null", cifar_model,
-                "--data.init_args.train_view.init_args.size=32", "--data.init_args.eval_view.init_args.size=32",
-                "--trainer.callbacks=null",
+                *cifar_data, *cifar_views, cifar_model,
+                "--data.init_args.subset=null", "--trainer.callbacks=null",
             ),
             (
-                *cifar_data, "--data.init_args.train_view.init_args.size=32",
-                "--data.init_args.eval_view.init_args.size=32", "--trainer.max_epochs=10",
-                "--trainer.check_val_every_n_epoch=10",
+                *cifar_data, *cifar_views,
+                "--trainer.max_epochs=10", "--trainer.check_val_every_n_epoch=10",
             ),
         ),
     ]  # fmt: skip
@@ -107,7 +108,12 @@ def prepare(setting: Setting, source: Path, target: Path) -> None:
             label = file["label"][rows].astype(np.int64)
             position = np.array([(label[:i] == label[i]).sum() for i in range(len(label))])
             jpeg, offsets = _images(file["jpeg"], file["offsets"], rows)
-            arrays = {"jpeg": jpeg, "offsets": offsets, "label": label - label.min(), "train": position % 4 != 3}
+            arrays = {
+                "jpeg": jpeg,
+                "offsets": offsets,
+                "label": label - label.min(),
+                "train": position % 4 != 3,
+            }
             arrays["class_names"] = file["class_names"][label.min() :]
     target.parent.mkdir(parents=True, exist_ok=True)
     np.savez(target, **arrays)

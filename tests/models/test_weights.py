@@ -111,7 +111,7 @@ def test_exported_backbone_is_plain_timm_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_two_start_files_are_refused() -> None:
-    with pytest.raises(ValueError, match="Give backbone_ckpt .* or init_weights .*, not both"):
+    with pytest.raises(ValueError, match=r"Give backbone_ckpt .* or init_weights .*, not both"):
         MetricLearning("conv4", KWARGS, 1, init_weights="a.pt", backbone_ckpt="b.pt")
 
 

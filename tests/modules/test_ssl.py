@@ -74,7 +74,7 @@ def test_simclr_step_is_the_papers_loss_with_the_chosen_batch_statistics(joint: 
     for i in range(12):
         mass = sum(math.exp(float(z[i] @ z[a]) / 0.3) for a in range(12) if a != i)
         total += math.log(mass) - float(z[i] @ z[(i + 6) % 12]) / 0.3
-    assert float(loss) == pytest.approx(total / 12, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(total / 12, rel=1e-5)
     assert out.embedding.shape == (6, net.embedding_dim)
 
 
@@ -217,6 +217,15 @@ def test_rows_that_a_filter_drops_never_enter_the_queue(tmp_path: Path) -> None:
     index = net.queue.index[net.queue.index >= 0]
     assert 60 < len(index) < 130  # of 192 drawn
     assert not bool(data.train_is_noise[index].any())
+
+
+def test_rows_that_a_filter_drops_never_enter_the_queues_of_swav(tmp_path: Path) -> None:
+    data = digits("SwAV", noise=NoiseConfig("symmetric", 0.5, 1))
+    options = {"queue_start_epoch": 0, "queue_size": 192}
+    net, _ = _fit(tmp_path, "SwAV", 3, callbacks=[KnownClean()], data=data, **options)
+    kept = int(net.queues[0].count)
+    assert 60 < kept < 130  # of 192 drawn
+    assert int(net.queues[1].count) == kept
 
 
 def test_collapse_would_show_in_output_std() -> None:
