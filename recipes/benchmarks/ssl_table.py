@@ -39,6 +39,7 @@ METHODS = {
 }
 LEARNED = ("simclr", "moco", "mochi", "byol", "swav")
 COLUMNS = ("knn_top1", "probe_top1", "recall@1", "map@r")
+LENGTH = ("max_epochs", "check_val_every_n_epoch")
 # images of CIFAR-10: the first ones of each split
 CIFAR_TRAIN, CIFAR_TEST = 10_000, 2_000
 
@@ -62,6 +63,8 @@ def settings() -> list[Setting]:
     cifar_kwargs = json.dumps({"input_size": 32, "widths": [32, 64, 128, 128]})
     cifar_model = f"--model.init_args.backbone_kwargs={cifar_kwargs}"
     cifar_data = ("--data.init_args.path={prepared}", "--data.init_args.image_size=32")
+    # the recipes of caltech101 go on for 40 epochs; this keeps a run within a few minutes of one core
+    short = ("--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12")
     cifar_views = (
         "--data.init_args.train_view.init_args.size=32", "--data.init_args.eval_view.init_args.size=32"
     )  # fmt: skip
@@ -70,14 +73,14 @@ def settings() -> list[Setting]:
         Setting(
             "caltech101", "caltech101_dml: measured on 49 classes that pretraining has not seen",
             "caltech101", 48, "caltech101_dml/caltech101_dml_96.npz", "caltech101_unseen.npz",
-            ("--data.init_args.path={data}",), ("--data.init_args.path={prepared}",),
+            ("--data.init_args.path={data}", *short), ("--data.init_args.path={prepared}",),
         ),
         Setting(
             "cifar10", f"CIFAR-10, the first {CIFAR_TRAIN:,} train and {CIFAR_TEST:,} test images",
             "caltech101", 32, "cifar10n/cifar10n_jpeg.npz", "cifar10_subset.npz",
             (
                 *cifar_data, *cifar_views, cifar_model,
-                "--data.init_args.subset=null", "--trainer.callbacks=null",
+                "--data.init_args.subset=null", "--trainer.callbacks=null", *short,
             ),
             (
                 *cifar_data, *cifar_views,
@@ -160,7 +163,7 @@ def commands(
         *(views if setting.name == "cifar10" else []),
         *common,
         f"--trainer.default_root_dir={folder / 'pretrain'}",
-        *([] if epochs is None else [f"--trainer.max_epochs={epochs}"]),
+        *([] if epochs is None else [f"--trainer.{key}={epochs}" for key in LENGTH]),
     ]
     start = folder / "pretrain" / "checkpoints" / "last.ckpt"
     return [first, [*probe, *kwargs_of, f"--model.init_args.init_weights={start}"]]

@@ -105,5 +105,5 @@ def test_a_resumed_run_does_not_read_its_start_backbone_again(tmp_path: Path) ->
     begin.unlink()
     resumed = tune("b", 2, tmp_path / "a" / "epoch=0.ckpt")
     assert_same_state(state_of(whole), state_of(resumed))
-    again = MetricLearning.load_from_checkpoint(tmp_path / "a" / "epoch=1.ckpt", weights_only=False)
+    again = MetricLearning.load_from_checkpoint(tmp_path / "a" / "epoch=1.ckpt")
     assert again.backbone_ckpt is None
