@@ -20,6 +20,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 CSV = REPO / "docs" / "benchmarks" / "noise_runs.csv"
+SSL_CSV = REPO / "docs" / "benchmarks" / "ssl_runs.csv"
 TARGET = REPO / "METHODS.md"
 ROOMS = {"modules": "EmbeddingModule", "filters": "NoiseFilter", "losses": "Loss"}
 SETTINGS = {
@@ -37,6 +38,8 @@ MEASURED = {
     "CrossBatchContrastiveLoss": {"none": "no filter"},
     "CosineSoftmaxLoss": {"cross_entropy": "no filter"},
 }
+#: class -> method of the CSV of self-supervised runs
+PRETRAINED = {"SimCLR": "simclr", "MoCo": "moco", "MoCHi": "mochi", "BYOL": "byol", "SwAV": "swav"}
 #: what the paper reports; its data sets and nets differ from ours, so these are not targets
 PAPER = {
     "PRISM": (
@@ -51,7 +54,8 @@ module or filter lacks a recipe, a mention in the docs, or a test that asserts n
 
 * **status**: `measured` = numeric test and benchmark runs; `tested` = numeric test, no benchmark run yet.
 * **measured**: Recall@1 / MAP@R of the last epoch, mean over the seeds in
-  `docs/benchmarks/noise_runs.csv` (number of seeds in brackets). Protocol: `docs/benchmarks.md`.
+  `docs/benchmarks/noise_runs.csv` (number of seeds in brackets); for self-supervised methods kNN and
+  linear top-1 from `ssl_runs.csv`. Protocols: `docs/benchmarks.md`.
 * **paper**: as reported there, on other data sets with pre-trained nets, so not comparable with ours;
   read second-hand.
 """
@@ -159,6 +163,20 @@ def measured_of(name: str, rows: list[dict[str, str]]) -> str:
     return "<br>".join(parts)
 
 
+def pretrained_of(name: str, table: Path = SSL_CSV) -> str:
+    """``digits: kNN .980 / linear .985 (3); ...`` from the self-supervised runs, empty without any."""
+    values: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    with table.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["method"] == PRETRAINED.get(name):
+                values[row["setting"]].append((float(row["knn_top1"]), float(row["probe_top1"])))
+    parts = []
+    for setting, runs in values.items():
+        knn, linear = (statistics.fmean(column) for column in zip(*runs, strict=True))
+        parts.append(f"{setting}: kNN {knn:.3f} / linear {linear:.3f} ({len(runs)})")
+    return "<br>".join(parts)
+
+
 def purpose_of(cls: type) -> str:
     """First sentence of the docstring as Markdown."""
     first = (inspect.getdoc(cls) or "").split("\n\n", 1)[0].replace("\n", " ").strip()
@@ -176,7 +194,7 @@ def methods(table: Path = CSV) -> list[Method]:
             purpose_of(cls),
             recipes_of(cls.__name__),
             tests_of(cls, room),
-            measured_of(cls.__name__, rows),
+            measured_of(cls.__name__, rows) or pretrained_of(cls.__name__),
             PAPER.get(cls.__name__, ""),
         )
         for room in ROOMS

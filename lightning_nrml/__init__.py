@@ -15,37 +15,55 @@ if TYPE_CHECKING:
     from lightning_nrml.filters.base import NoiseFilter
     from lightning_nrml.filters.chain import select
     from lightning_nrml.modules.base import EmbeddingModule
+    from lightning_nrml.modules.byol import BYOL
+    from lightning_nrml.modules.linear_probe import LinearProbe
     from lightning_nrml.modules.metric_learning import MetricLearning
+    from lightning_nrml.modules.mochi import MoCHi
+    from lightning_nrml.modules.moco import MoCo
+    from lightning_nrml.modules.simclr import SimCLR
+    from lightning_nrml.modules.swav import SwAV
     from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "BYOL": "modules.byol",
     "Batch": "types",
     "EmbeddingModule": "modules.base",
     "FilterContext": "types",
+    "LinearProbe": "modules.linear_probe",
     "MetricLearning": "modules.metric_learning",
+    "MoCHi": "modules.mochi",
+    "MoCo": "modules.moco",
     "NRMLCLI": "cli.app",
     "NRMLDataModule": "data.base",
     "NoiseFilter": "filters.base",
     "NoiseFilterCallback": "callbacks.noise_filter",
     "Selection": "types",
+    "SimCLR": "modules.simclr",
     "StepOutput": "types",
+    "SwAV": "modules.swav",
     "select": "filters.chain",
 }
 _ROOMS = ("callbacks", "data", "filters", "losses", "memory", "metrics", "models", "modules", "optim")
 
 __all__ = [
+    "BYOL",
     "Batch",
     "EmbeddingModule",
     "FilterContext",
+    "LinearProbe",
     "MetricLearning",
+    "MoCHi",
+    "MoCo",
     "NRMLCLI",
     "NRMLDataModule",
     "NoiseFilter",
     "NoiseFilterCallback",
     "Selection",
+    "SimCLR",
     "StepOutput",
+    "SwAV",
     "__version__",
     "select",
 ]

@@ -215,7 +215,7 @@ def test_site_navigation_names_every_page() -> None:
 
 def test_benchmark_page_has_each_marker_once() -> None:
     text = (REPO / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for part in ("noise tables", "speed tables"):
+    for part in ("noise tables", "ssl tables", "speed tables"):
         start, end = text.index(f"<!-- {part} -->"), text.index(f"<!-- end {part} -->")
         assert text.count(f"<!-- {part} -->") == text.count(f"<!-- end {part} -->") == 1
         assert start < end

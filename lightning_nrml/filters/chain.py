@@ -22,8 +22,8 @@ from lightning_nrml.types import FilterContext, Selection
 
 Mode = Literal["off", "observe", "batch", "epoch"]
 
-#: Attributes that the noise callbacks add to a module; their state may be absent or left over.
-ATTACHED = ("filters", "noise_ledger", "feature_bank")
+#: Attributes that callbacks add to a module; their state may be absent or left over.
+ATTACHED = ("filters", "noise_ledger", "feature_bank", "probes", "knn_bank")
 
 
 def gathered_context(
@@ -184,10 +184,10 @@ def select(
 
 
 def tolerate_absent_filters(module: nn.Module) -> None:
-    """Let ``module`` load a checkpoint that holds filter state although no filter is attached now.
+    """Let ``module`` load a checkpoint that holds the state of callbacks that are not attached now.
 
-    Removes exactly the entries of the noise callbacks (``filters.*``, ``noise_ledger.*``,
-    ``feature_bank.*``) that have no owner; any other unexpected key still raises.
+    Removes exactly the entries below :data:`ATTACHED` (noise filters and their memories, online probes,
+    the running kNN bank) that have no owner; any other unexpected key still raises.
     """
     if getattr(module, "_nrml_tolerant", False):
         return

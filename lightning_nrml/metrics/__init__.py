@@ -1,6 +1,8 @@
 """Retrieval, neighbour, clustering and filter metrics: functions and ``torchmetrics.Metric`` classes."""
 
+from lightning_nrml.metrics.accuracy import TopKAccuracy
 from lightning_nrml.metrics.clustering import nmi_ami
+from lightning_nrml.metrics.health import alignment, embedding_std, rankme, uniformity
 from lightning_nrml.metrics.knn import KNNClassifier
 from lightning_nrml.metrics.noise import FilterQuality, filter_quality
 from lightning_nrml.metrics.retrieval import RetrievalMetrics, retrieval_metrics
@@ -11,8 +13,13 @@ __all__ = [
     "FilterQuality",
     "KNNClassifier",
     "RetrievalMetrics",
+    "TopKAccuracy",
+    "alignment",
+    "embedding_std",
     "filter_quality",
     "nmi_ami",
+    "rankme",
     "retrieval_metrics",
     "topk_search",
+    "uniformity",
 ]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, Literal
 
-import numpy as np
 import timm
-import torch
-from torch import Tensor, nn
+from timm.models.resnet import ResNet
+from torch import nn
 
 from lightning_nrml.models import small as small  # registers conv4 with timm
 
+Stem = Literal["imagenet", "cifar"]
+
 
 def create_backbone(
-    name: str, in_channels: int = 3, pretrained: bool = False, kwargs: dict[str, Any] | None = None
+    name: str,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    kwargs: dict[str, Any] | None = None,
+    stem: Stem = "imagenet",
 ) -> tuple[nn.Module, int]:
     """Build a timm model without its classifier.
 
@@ -26,12 +28,14 @@ def create_backbone(
         in_channels: number of image bands.
         pretrained: load timm's weights (needs network or a local cache).
         kwargs: passed to the model, e.g. ``{"img_size": 64}`` for a ViT.
+        stem: ``cifar`` gives a ResNet a first convolution of 3 x 3 and stride 1 and takes its max-pooling
+            away, as is usual for images of 32 x 32 pixels.
 
     Returns:
         The model, ``(B, in_channels, H, W) -> (B, num_features)``, and ``num_features``.
 
     Raises:
-        ValueError: unknown name; names the nearest ones.
+        ValueError: unknown name; names the nearest ones. Or a ``stem`` that the model cannot have.
     """
     if not timm.is_model(name.split(".")[0]) and ":" not in name:
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
@@ -50,61 +54,25 @@ def create_backbone(
             f"the pretrained weights of '{name}' are neither cached nor reachable; connect to the network "
             "once, set pretrained to false, or name a file with init_weights"
         ) from error
+    if stem != "imagenet":
+        _set_cifar_stem(model, name, stem, pretrained)
     features = getattr(model, "head_hidden_size", None) or model.num_features
     return model, int(features)
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
-
-    Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
-    torch files. A name is taken as it is, or with ``backbone.`` put before it. Names of other parts
-    (projectors, filters, memories) are left out only for Lightning checkpoints.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: nothing fits, or a name or shape does not fit; lists the first ones.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"init_weights: there is no file '{path}'.")
-    state, lenient = _read_state(path)
-    target = module.state_dict()
-    found: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, value in state.items():
-        full = next((n for n in (name, f"backbone.{name}") if n in target), None)
-        if full is None:
-            if not lenient:
-                wrong.append(f"{name} (not in the model)")
-        elif target[full].shape != value.shape:
-            wrong.append(
-                f"{name} ({tuple(value.shape)} in the file, {tuple(target[full].shape)} in the model)"
-            )
-        else:
-            found[full] = value
-    if wrong or not found:
-        shown = ", ".join(wrong[:5]) or "no name in common"
+def _set_cifar_stem(model: Any, name: str, stem: str, pretrained: bool) -> None:
+    if stem != "cifar":
+        raise ValueError(f"stem must be 'imagenet' or 'cifar', got '{stem}'.")
+    if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
         raise ValueError(
-            f"init_weights '{path}' does not fit the model: {shown}. Use the backbone, backbone_kwargs, "
-            "in_channels and embedding_dim that the file was made with."
+            f"stem 'cifar' is for ResNets with a single first convolution such as resnet18, not for "
+            f"'{name}': leave stem at 'imagenet' (and for a ViT set backbone_kwargs.img_size and patch_size)."
         )
-    module.load_state_dict(found, strict=False)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as data:
-                return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
-        loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except (ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, BadZipFile) as error:
-        kind = "npz" if path.suffix == ".npz" else "torch file"
+    if pretrained:
         raise ValueError(
-            f"init_weights '{path}' is no readable {kind}: it is damaged, incomplete or of another kind."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"init_weights '{path}' holds a {type(loaded).__name__}, not a dict of tensors.")
-    if "state_dict" in loaded:
-        return dict(loaded["state_dict"]), True
-    return dict(loaded), False
+            "stem 'cifar' has no pretrained weights: set pretrained to false, or stem to 'imagenet'."
+        )
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, 1, 1, bias=old.bias is not None)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()

@@ -66,6 +66,33 @@ class ConvNet(nn.Module):
         return out
 
 
+class Pixels(nn.Module):
+    """The image itself, flattened: nothing to learn, the floor of every comparison.
+
+    Args:
+        in_chans: channels.
+        input_size: side of the square input, which fixes ``num_features``.
+    """
+
+    def __init__(self, in_chans: int = 3, input_size: int = 28) -> None:
+        super().__init__()
+        self.num_features = in_chans * input_size * input_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, S, S) -> (B, num_features)``."""
+        return torch.flatten(x, 1)
+
+
+@register_model
+def pixels(
+    pretrained: bool = False, in_chans: int = 3, input_size: int = 28, num_classes: int = 0, **_: Any
+) -> Pixels:
+    """:class:`Pixels` under timm's factory."""
+    if pretrained or num_classes:
+        raise ValueError("pixels has neither weights nor a classifier: set pretrained to false.")
+    return Pixels(in_chans, input_size)
+
+
 @register_model
 def conv4(pretrained: bool = False, **kwargs: Any) -> ConvNet:
     """:class:`ConvNet` under timm's factory; there are no pretrained weights."""

@@ -17,7 +17,7 @@ from lightning_nrml.losses import Loss
 T = TypeVar("T")
 
 #: where weights came from; those of a checkpoint are in the checkpoint
-LEFT_OUT = ("pretrained", "init_weights")
+LEFT_OUT = ("pretrained", "init_weights", "backbone_ckpt")
 
 
 class _NotPlainError(Exception):

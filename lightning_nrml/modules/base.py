@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_nrml import distributed
 from lightning_nrml.filters.chain import FilterChain, gathered_context, tolerate_absent_filters
 from lightning_nrml.models import create_backbone, load_weights
+from lightning_nrml.models.backbone import Stem
 from lightning_nrml.modules.arguments import as_config, plain_arguments
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
 from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
@@ -39,6 +40,7 @@ class EmbeddingModule(LightningModule):
         compile_backbone: run ``torch.compile`` on the backbone.
         check_finite: stop with the batch indices when the loss is NaN or infinite.
         init_weights: file to start from, see :func:`lightning_nrml.models.load_weights`.
+        stem: ``cifar`` = ResNets for small images, see :func:`lightning_nrml.models.create_backbone`.
     """
 
     def __init__(
@@ -53,13 +55,16 @@ class EmbeddingModule(LightningModule):
         compile_backbone: bool = False,
         check_finite: bool = True,
         init_weights: str | None = None,
+        stem: Stem = "imagenet",
     ) -> None:
         super().__init__()
         frame = inspect.currentframe()
         assert frame is not None
         # kept in checkpoints; not sent to loggers, to which the command line gives the whole config
         self.hparams.update(plain_arguments(frame))
-        self.backbone, self.num_features = create_backbone(backbone, in_channels, pretrained, backbone_kwargs)
+        self.backbone, self.num_features = create_backbone(
+            backbone, in_channels, pretrained, backbone_kwargs, stem
+        )
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.schedule_config = as_config(ScheduleConfig, schedule)
         self.channels_last = channels_last

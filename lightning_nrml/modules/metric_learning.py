@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_nrml.losses import ContrastiveLoss, CrossBatchContrastiveLoss, Loss
 from lightning_nrml.memory import FeatureQueue
-from lightning_nrml.models import create_head
+from lightning_nrml.models import create_head, load_backbone
 from lightning_nrml.models.heads import HeadName
 from lightning_nrml.modules.arguments import as_loss
 from lightning_nrml.modules.base import EmbeddingModule
@@ -36,6 +36,9 @@ class MetricLearning(EmbeddingModule):
         memory_weight: weight of the memory loss.
         memory_margin: negative margin of the memory loss.
         memory_start: optimiser steps before the memory loss counts (it fills from the start).
+        backbone_ckpt: start the backbone alone from this file: a checkpoint of any module of this package
+            (of self-supervised training, say) or a plain state dict, see
+            :func:`lightning_nrml.models.load_backbone`. A resumed run does not read it.
     """
 
     def __init__(
@@ -52,11 +55,16 @@ class MetricLearning(EmbeddingModule):
         memory_weight: float = 1.0,
         memory_margin: float = 0.5,
         memory_start: int = 0,
+        backbone_ckpt: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value, least in (("embedding_dim", embedding_dim, 1), ("memory_size", memory_size, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be {least} or more.")
+        if backbone_ckpt and kwargs.get("init_weights"):
+            raise ValueError(
+                "Give backbone_ckpt (the backbone alone) or init_weights (all that fits), not both."
+            )
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
         self.head = create_head(head, self.num_features, embedding_dim)
         self.loss: Loss = ContrastiveLoss() if loss is None else as_loss(loss)
@@ -64,6 +72,7 @@ class MetricLearning(EmbeddingModule):
         self.memory_loss = CrossBatchContrastiveLoss(memory_margin)
         self.memory_weight, self.memory_start = memory_weight, memory_start
         self.num_classes = num_classes
+        self.backbone_ckpt = backbone_ckpt
         self._embedding_dim = embedding_dim
 
     @property
@@ -79,6 +88,12 @@ class MetricLearning(EmbeddingModule):
     def loss_parameters(self) -> Iterable[nn.Parameter]:
         """Class weights or proxies of the loss, if it has any."""
         return self.loss.parameters()
+
+    def on_fit_start(self) -> None:
+        """As the base; the backbone starts from ``backbone_ckpt``, unless the run resumes."""
+        super().on_fit_start()
+        if self.backbone_ckpt and self.trainer.ckpt_path is None:
+            load_backbone(self.backbone, self.backbone_ckpt)
 
     def embed(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, embedding_dim)`` unit rows."""

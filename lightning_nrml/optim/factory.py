@@ -12,19 +12,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from lightning_nrml.optim.lars import LARS
+
 
 @dataclass
 class OptimizerConfig:
     """Optimiser settings.
 
     Args:
-        name: any timm optimiser name (``adam``, ``adamw``, ``sgd``, ``lamb``, ``lars``, ...).
+        name: any timm optimiser name (``adam``, ``adamw``, ``sgd``, ``lamb``, ...); ``lars`` is our own
+            :class:`.LARS`, which adapts at weight decay 0 too.
         lr: peak learning rate, as it is: nothing is scaled behind your back.
         weight_decay: applied to weights; to biases and norm scales only if ``decay_all``.
         momentum: for those that have one (SGD, LARS).
         loss_lr: learning rate of the loss's own parameters (class weights, proxies); default ``lr``.
         loss_weight_decay: weight decay of those parameters.
-        decay_all: also decay biases and norm parameters.
+        decay_all: also decay biases and norm parameters, and let LARS adapt them (SwAV's LARC does both).
         kwargs: passed to the optimiser.
     """
 
@@ -84,7 +87,12 @@ def create_optimizer(
             f"optimizer.name '{config.name}' is not an optimiser of timm; nearest: "
             f"{', '.join(near or ['adamw', 'sgd', 'lars'])}"
         )
+    if config.name == "lars":
+        for group in groups:
+            group["adapt"] = group["params"] is decay
     try:
+        if config.name == "lars":
+            return LARS(groups, config.lr, config.momentum, weight_decay=config.weight_decay, **config.kwargs)
         optimizer: Optimizer = create_optimizer_v2(
             groups,
             opt=config.name,

@@ -1,0 +1,171 @@
+"""kNN accuracy during a run equals the one computed by hand, and measuring changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from helpers import assert_same_state, digits, module, state_of, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_nrml.callbacks import OnlineKNN
+from lightning_nrml.callbacks.embedding import evaluating
+from lightning_nrml.data import DigitsDataModule, NoiseConfig
+from lightning_nrml.metrics import KNNClassifier
+
+
+def embed_all(net, data, loader):
+    """Embeddings and batches of a loader, by hand."""
+    net.eval()
+    parts = [data.apply_views(batch, training=False) for batch in loader]
+    with torch.no_grad():
+        z = torch.cat([net.embed(part["image"]) for part in parts])
+    return z, {key: torch.cat([part[key] for part in parts]) for key in ("label", "index")}
+
+
+def by_hand(net, data, bank_label, k=20, temperature=0.07):
+    bank, _ = embed_all(net, data, data.embed_dataloader())
+    query, val = embed_all(net, data, data.val_dataloader())
+    shares = KNNClassifier(k, temperature).fit(bank, bank_label).predict_scores(query)[1]
+    top = shares.topk(5, dim=1)
+    hit = (top.indices == val["label"][:, None]) & (top.values > 0)
+    return float(hit[:, 0].float().mean()), float(hit.any(dim=1).float().mean())
+
+
+@pytest.mark.parametrize("label", ["given", "clean"])
+def test_exact_equals_the_classifier_on_the_whole_train_split(tmp_path: Path, label: str) -> None:
+    net, data = module(), digits(noise=NoiseConfig("symmetric", 0.3, 1))
+    run = trainer(tmp_path, 2, [OnlineKNN(k=7, temperature=0.2, label=label)])
+    run.fit(net, data)
+    bank_label = data.train_label if label == "given" else data.train_clean_label
+    top1, top5 = by_hand(net, data, bank_label, 7, 0.2)
+    assert float(run.callback_metrics["val/knn_top1"]) == pytest.approx(top1)
+    assert float(run.callback_metrics["val/knn_top5"]) == pytest.approx(top5)
+    assert 0.5 < top1 < top5 < 1
+
+
+def test_noisy_labels_vote_unless_told_otherwise(tmp_path: Path) -> None:
+    net, data = module(), digits()  # half of the labels are wrong
+    values = []
+    for label in ("given", "clean"):
+        run = trainer(tmp_path, 1, [OnlineKNN(k=1, label=label)])
+        run.validate(net, data, verbose=False)
+        values.append(float(run.callback_metrics["val/knn_top1"]))
+    assert values[0] < 0.6 < 0.8 < values[1]
+
+
+@pytest.mark.parametrize(("mode", "seeded"), [("exact", False), ("running", True)])
+def test_does_not_change_a_bit_of_the_training(tmp_path: Path, monkeypatch, mode: str, seeded: bool) -> None:
+    states = []
+    for callbacks in ([], [OnlineKNN(mode=mode)]):
+        net = module(backbone="mobilenetv3_small_050", backbone_kwargs={"drop_rate": 0.3})
+        run = trainer(tmp_path, 2, callbacks)
+        if not seeded:  # dropout then depends on everything that draws from the global generator
+            monkeypatch.delenv("PL_GLOBAL_SEED")
+        run.fit(net, digits(epoch_length=96))
+        states.append({k: v for k, v in state_of(net).items() if not k.startswith("knn_bank")})
+    assert_same_state(*states)
+
+
+def test_every_part_gets_back_the_mode_it_had() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())).train()
+    net[1][0].eval()  # frozen on purpose
+    draws = torch.random.get_rng_state()
+    inside = []
+
+    def work() -> None:
+        with evaluating(net):
+            inside.extend([any(part.training for part in net.modules()), torch.is_grad_enabled()])
+            torch.rand(5)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        work()
+    assert inside == [False, False]
+    assert [part.training for part in net.modules()] == [True, True, True, False, True]
+    assert torch.equal(draws, torch.random.get_rng_state())
+
+
+class Seen(L.Callback):
+    """Newest training embedding of each sample, by epoch."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[int, torch.Tensor]] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        for i, z in zip(batch["index"].tolist(), outputs["embedding"], strict=True):
+            self.rows.setdefault(trainer.current_epoch, {})[i] = z
+
+
+def test_running_votes_with_the_embeddings_of_the_newest_epoch_only(tmp_path: Path) -> None:
+    net, data, seen = module(), digits(), Seen()
+    run = trainer(tmp_path, 2, [seen, OnlineKNN(k=5, mode="running")])
+    run.fit(net, data)
+    assert set(seen.rows[0]) - set(seen.rows[1])  # some samples were drawn in the first epoch only
+    index = sorted(seen.rows[1])
+    bank = torch.stack([seen.rows[1][i] for i in index])
+    query, val = embed_all(net, data, data.val_dataloader())
+    predicted = KNNClassifier(5, 0.07).fit(bank, data.train_label[index]).predict(query)
+    want = float((predicted == val["label"]).float().mean())
+    assert float(run.callback_metrics["val/knn_top1"]) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("mode", ["exact", "running"])
+def test_validate_on_a_checkpoint_repeats_the_value(tmp_path: Path, mode: str) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end")
+    run = trainer(tmp_path, 1, [OnlineKNN(mode=mode), saver])
+    run.fit(module(), digits())
+    again = trainer(tmp_path, 1, [OnlineKNN(mode=mode)])
+    again.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
+    assert float(again.callback_metrics["val/knn_top1"]) == float(run.callback_metrics["val/knn_top1"])
+    # a module without the callback loads the same file
+    plain = trainer(tmp_path, 1)
+    plain.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
+
+
+def test_runs_in_test_too(tmp_path: Path) -> None:
+    net, data = module(), digits(noise=None)
+    run = trainer(tmp_path, 1, [OnlineKNN()])
+    run.test(net, data, verbose=False)
+    assert float(run.callback_metrics["test/knn_top1"]) == pytest.approx(
+        by_hand(net, data, data.train_label)[0]
+    )
+
+
+def test_schedule_counts_the_last_epoch_and_never_the_sanity_check(tmp_path: Path, monkeypatch) -> None:
+    passes: list[int] = []
+    original = DigitsDataModule.embed_dataloader
+
+    def counted(self):
+        passes.append(self.trainer.current_epoch)
+        return original(self)
+
+    monkeypatch.setattr(DigitsDataModule, "embed_dataloader", counted)
+    run = trainer(tmp_path, 5, [OnlineKNN(every_n_epochs=2)], num_sanity_val_steps=1)
+    run.fit(module(), digits())
+    assert passes == [1, 3, 4]
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        OnlineKNN(k=0)
+    with pytest.raises(ValueError, match="choose 'exact' or 'running'"):
+        OnlineKNN(mode="fast")
+    with pytest.raises(ValueError, match="choose 'given' or 'clean'"):
+        OnlineKNN(label="true")
+    with pytest.raises(ValueError, match="every_n_epochs is 0"):
+        OnlineKNN(every_n_epochs=0)
+    with pytest.raises(ValueError, match="label='given'"):
+        trainer(tmp_path, 1, [OnlineKNN(label="clean")]).validate(module(), digits(noise=None))
+    zero_shot = digits()
+    zero_shot.splits.zero_shot = True
+    with pytest.raises(ValueError, match="use RetrievalEvaluator"):
+        trainer(tmp_path, 1, [OnlineKNN()]).validate(module(), zero_shot)
+    loader = digits().val_dataloader()
+    net = module()
+    net.num_classes = 10
+    with pytest.raises(TypeError, match="mode='running'"):
+        trainer(tmp_path, 1, [OnlineKNN()]).validate(net, loader)

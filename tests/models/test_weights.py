@@ -1,0 +1,124 @@
+"""Start weights fit whole or not at all, and a backbone leaves the package as a plain timm file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from ssl_runs import METHODS, module
+from torch import nn
+
+from lightning_nrml.models import create_backbone, export_backbone, load_backbone, load_weights
+from lightning_nrml.modules import LinearProbe, MetricLearning
+
+KWARGS = {"input_size": 8, "widths": [8, 16], "strides": [2, 2]}
+DEEPER = {"input_size": 8, "widths": [8, 16, 16], "strides": [2, 2, 1]}
+
+
+def _checkpoint(folder: Path, net: nn.Module) -> Path:
+    torch.save({"state_dict": net.state_dict()}, folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+def _same(one: nn.Module, two: nn.Module) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_only_the_backbone_of_a_checkpoint_counts(tmp_path: Path, method: str) -> None:
+    source = module(method)
+    for p in source.backbone.parameters():
+        p.data += 1
+    target, _ = create_backbone("conv4", 1, kwargs=KWARGS)
+    load_backbone(target, _checkpoint(tmp_path, source))
+    assert _same(target, source.backbone)
+    probe = LinearProbe("conv4", KWARGS, 1)
+    load_weights(probe, tmp_path / "run.ckpt")
+    assert _same(probe.backbone, source.backbone)
+
+
+@pytest.mark.parametrize("pair", [(KWARGS, DEEPER), (DEEPER, KWARGS)])
+@pytest.mark.parametrize("plain", [True, False])
+def test_another_depth_is_refused_by_name_and_nothing_changes(
+    tmp_path: Path, pair: tuple[dict, dict], plain: bool
+) -> None:
+    source = MetricLearning("conv4", pair[0], 1, embedding_dim=4)
+    target = MetricLearning("conv4", pair[1], 1, embedding_dim=4)
+    path = _checkpoint(tmp_path, source)
+    if plain:
+        torch.save(source.backbone.state_dict(), path)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    where = "file" if pair[0] is KWARGS else "model"
+    name = r"body\.6\.weight \(not in the " + where
+    with pytest.raises(ValueError, match=f"backbone_ckpt '.*' does not fit the backbone: .*{name}"):
+        load_backbone(target.backbone, path)
+    with pytest.raises(ValueError, match=f"init_weights '.*' does not fit the model: .*{name}"):
+        load_weights(target, path)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def test_another_depth_of_resnet_is_refused(tmp_path: Path) -> None:
+    small, _ = create_backbone("resnet18")
+    large, _ = create_backbone("resnet34")
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    torch.save(large.state_dict(), tmp_path / "large.pt")
+    with pytest.raises(ValueError, match=r"layer1\.2\.conv1\.weight \(not in the file\), .* and \d+ more"):
+        load_backbone(large, tmp_path / "small.pt")
+    with pytest.raises(ValueError, match=r"layer1\.2\.conv1\.weight \(not in the model\), .* and \d+ more"):
+        load_backbone(small, tmp_path / "large.pt")
+
+
+def test_a_stem_or_band_count_that_differs_is_named(tmp_path: Path) -> None:
+    cifar, _ = create_backbone("resnet18", stem="cifar")
+    torch.save(cifar.state_dict(), tmp_path / "cifar.pt")
+    usual, _ = create_backbone("resnet18")
+    with pytest.raises(ValueError, match=r"conv1\.weight \(\(64, 3, 3, 3\) in the file, \(64, 3, 7, 7\) in"):
+        load_backbone(usual, tmp_path / "cifar.pt")
+
+
+def test_a_foreign_checkpoint_is_refused_with_its_names(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"encoder.conv1.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    net, _ = create_backbone("conv4", 1, kwargs=KWARGS)
+    with pytest.raises(ValueError, match=r"without a part named 'backbone' .*encoder\.conv1\.weight"):
+        load_backbone(net, tmp_path / "other.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"backbone_ckpt: there is no file '.*absent\.ckpt'"):
+        load_backbone(net, tmp_path / "absent.ckpt")
+
+
+def test_timms_own_file_with_its_classifier_is_read(tmp_path: Path) -> None:
+    plain = timm.create_model("resnet18", num_classes=7)
+    torch.save(plain.state_dict(), tmp_path / "timm.pt")
+    net, _ = create_backbone("resnet18")
+    load_backbone(net, tmp_path / "timm.pt")
+    assert torch.equal(net.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
+
+
+def test_exported_backbone_is_plain_timm_and_comes_back(tmp_path: Path) -> None:
+    net = module("SimCLR", backbone="mobilenetv3_small_050", backbone_kwargs=None, in_channels=3).eval()
+    written = export_backbone(_checkpoint(tmp_path, net), tmp_path / "out" / "backbone.pt")
+    read = torch.load(tmp_path / "out" / "backbone.pt", weights_only=True)
+    assert read.keys() == written.keys() == net.backbone.state_dict().keys()
+    plain = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
+    plain.load_state_dict(read)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain(x), net.backbone(x))
+    again, _ = create_backbone("mobilenetv3_small_050")
+    load_backbone(again, tmp_path / "out" / "backbone.pt")
+    assert _same(again, plain)
+
+
+def test_two_start_files_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Give backbone_ckpt .* or init_weights .*, not both"):
+        MetricLearning("conv4", KWARGS, 1, init_weights="a.pt", backbone_ckpt="b.pt")
+
+
+def test_pixels_are_the_image_itself() -> None:
+    net, width = create_backbone("pixels", 2, kwargs={"input_size": 4})
+    x = torch.rand(3, 2, 4, 4)
+    assert width == 32
+    assert torch.equal(net(x), x.flatten(1))
+    with pytest.raises(ValueError, match="pixels has neither weights"):
+        create_backbone("pixels", 2, pretrained=True)

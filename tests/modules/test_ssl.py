@@ -1,0 +1,236 @@
+"""Self-supervised modules: steps against their formulas, teacher, queue, prototypes, and that they learn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import state_of, trainer
+from lightning.pytorch.callbacks import Callback
+from ssl_runs import PooledNet, digits, module
+from torch.nn import functional as F
+
+from lightning_nrml.callbacks import KnownClean
+from lightning_nrml.data import NoiseConfig
+from lightning_nrml.losses.swav import sinkhorn
+from lightning_nrml.models import cosine_tau
+from lightning_nrml.modules import SimCLR
+
+
+def _batch(rows: int = 12, sizes: tuple[int, ...] = (8, 8), start: int = 0) -> dict:
+    torch.manual_seed(start)
+    views = [torch.rand(rows, 1, s, s) for s in sizes]
+    return {
+        "image": views[0],
+        "views": views,
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(start, start + rows),
+    }
+
+
+class _Record(Callback):
+    """The state before training and after every batch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.states.append(state_of(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self.states.append(state_of(pl_module))
+
+
+def _fit(folder: Path, method: str, batches: int = 4, epochs: int = 1, callbacks=(), data=None, **kwargs):
+    options = {k: kwargs.pop(k) for k in ("accumulate_grad_batches",) if k in kwargs}
+    net, record = module(method, **kwargs), _Record()
+    run = trainer(
+        folder, epochs, [record, *callbacks], limit_train_batches=batches, limit_val_batches=0, **options
+    )
+    run.fit(net, digits(method) if data is None else data)
+    return net, record.states
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x.double(), dim=1)
+
+
+# ---- steps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_simclr_step_is_the_papers_loss_with_the_chosen_batch_statistics(joint: bool) -> None:
+    net, batch = module("SimCLR", joint_views=joint, temperature=0.3), _batch(6)
+    out = net.step(batch)
+    loss = out.loss_fn(None)
+    views = batch["views"]
+    if joint:
+        z = net.projector(net.backbone(torch.cat(views)))
+    else:
+        z = torch.cat([net.projector(net.backbone(v)) for v in views])
+    z, total = _unit(z.detach()), 0.0
+    for i in range(12):
+        mass = sum(math.exp(float(z[i] @ z[a]) / 0.3) for a in range(12) if a != i)
+        total += math.log(mass) - float(z[i] @ z[(i + 6) % 12]) / 0.3
+    assert float(loss.detach()) == pytest.approx(total / 12, rel=1e-5)
+    assert out.embedding.shape == (6, net.embedding_dim)
+
+
+def test_byol_step_and_its_gradients() -> None:
+    net, batch = module("BYOL"), _batch()
+    for p in net.teacher.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    loss = net.step(batch).loss_fn(None)["loss"]
+    a, b = batch["views"]
+    p = [_unit(net.predictor(net.projector(net.backbone(v)))) for v in (a, b)]
+    t = [_unit(net.teacher(v)) for v in (a, b)]
+    expected = (4 - 2 * (p[0] * t[1]).sum(1) - 2 * (p[1] * t[0]).sum(1)).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in net.teacher.parameters())
+    for part in (net.backbone, net.projector, net.predictor):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters() if p.ndim > 1)
+
+
+def test_moco_step_contrasts_with_the_queue_as_it_was() -> None:
+    net, batch = module("MoCo", temperature=0.2), _batch()
+    before = net.queue.embedding.clone()
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(100))
+    q = _unit(net.projector(net.backbone(batch["views"][0])))
+    k = _unit(net.teacher(batch["views"][1]))
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ before.double().T], dim=1) / 0.2
+    expected = (logits.logsumexp(1) - logits[:, 0]).mean()
+    loss = net.step(batch).loss_fn(None)
+    assert torch.equal(net.queue.embedding, before)
+    loss.backward()
+    net.on_after_backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(net.queue.embedding[:12].double(), k, rtol=0, atol=1e-6)
+    assert torch.equal(net.queue.index[:12], batch["index"])
+    assert torch.equal(net.queue.embedding[12:], before[12:])
+
+
+def test_queue_holds_the_newest_keys_in_order() -> None:
+    net, keys = module("MoCo", queue_size=20), []
+    for step in range(3):
+        net.step(_batch(start=12 * step)).loss_fn(None).backward()
+        keys.append(net._new_keys[0].clone())
+        net.on_after_backward()
+    expected = torch.cat(keys)[-20:]
+    assert int(net.queue.pointer) == 36 % 20
+    assert torch.equal(net.queue.embedding.roll(-16, 0), expected)
+    assert net.queue.index.roll(-16, 0).tolist() == list(range(16, 36))
+
+
+def test_keys_come_back_in_order_and_are_shuffled_over_the_splits() -> None:
+    net, view = module("MoCo", bn_splits=3), _batch()["views"][1]
+    plain = torch.cat([net.teacher(v) for v in view.chunk(3)])
+    assert (net.keys(view) - F.normalize(plain, dim=1)).abs().max() > 1e-3
+    net.teacher.eval()
+    torch.testing.assert_close(net.keys(view), F.normalize(net.teacher(view), dim=1))
+    net.train()
+    net.shuffle_bn = False
+    torch.testing.assert_close(net.keys(view), F.normalize(plain, dim=1))
+    with pytest.raises(ValueError, match="does not divide the batch of 11"):
+        net.keys(view[:11])
+
+
+def test_mochi_is_moco_until_the_warm_up_is_over(tmp_path: Path) -> None:
+    plain, mixed, batch = module("MoCo"), module("MoCHi", warmup_epochs=1), _batch()
+    later = module("MoCHi", warmup_epochs=0)
+    loss = plain.step(batch).loss_fn(None)
+    assert torch.equal(mixed.step(batch).loss_fn(None), loss)
+    assert float(later.step(batch).loss_fn(None).detach()) > float(loss.detach())
+    with pytest.raises(ValueError, match="num_hard is 101, more than the 100 keys"):
+        module("MoCHi", num_hard=101)
+
+
+def test_swav_groups_crops_by_size_and_codes_with_the_queue() -> None:
+    net = module("SwAV", queue_start_epoch=0)
+    net.backbone = PooledNet(64)
+    net.backbone.eval()
+    batch, calls = _batch(6, (8, 8, 6, 6, 6)), []
+    net.backbone.register_forward_hook(lambda _, x, __: calls.append(tuple(x[0].shape)))
+    assert net.step(batch).loss_fn(None).requires_grad
+    assert calls == [(12, 1, 8, 8), (18, 1, 6, 6)]
+    assert [len(r) for r in net._new_rows] == [6, 6]
+    net.on_after_backward()
+    scores = torch.randn(6, 20)
+    torch.testing.assert_close(net.codes(scores, 1), sinkhorn(scores))  # 6 of 64 rows: not yet in use
+    rows = F.normalize(torch.randn(64, 16), dim=1)
+    net.queues[1].enqueue(rows)
+    with torch.no_grad():
+        every = sinkhorn(torch.cat([net.queues[1].embedding @ net.prototypes.weight.T, scores]))
+    torch.testing.assert_close(net.codes(scores, 1), every[64:])
+    torch.testing.assert_close(net.codes(scores, 0), sinkhorn(scores))
+
+
+def test_one_view_is_refused() -> None:
+    batch = _batch()
+    del batch["views"]
+    with pytest.raises(ValueError, match="BYOL needs 2 views of each image, but the batch holds 1: set data"):
+        module("BYOL").step(batch)
+
+
+def test_a_vision_transformer_learns_too() -> None:
+    net = SimCLR("test_vit", {"img_size": 32}, in_channels=1, projector_dim=8)
+    net.step(_batch(4, (32, 32))).loss_fn(None).backward()
+    assert sum(float(p.grad.abs().sum()) for p in net.backbone.parameters()) > 0
+
+
+# ---- runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["BYOL", "MoCo"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_teacher_moves_once_per_optimiser_step_after_the_step(
+    tmp_path: Path, method: str, accumulate: int
+) -> None:
+    _, states = _fit(tmp_path, method, 4, accumulate_grad_batches=accumulate)
+    key, twin = "teacher.module.0.body.0.weight", "backbone.body.0.weight"
+    teacher, total = states[0][key].double(), 4 // accumulate
+    assert torch.equal(states[0][key], states[0][twin])
+    for batch in range(1, 5):
+        if batch % accumulate == 0:
+            step = batch // accumulate - 1
+            tau = cosine_tau(step, total, 0.9) if method == "BYOL" else 0.9
+            teacher = tau * teacher + (1 - tau) * states[batch][twin].double()
+        torch.testing.assert_close(states[batch][key].double(), teacher, rtol=0, atol=3e-7)
+    assert not torch.equal(states[4][key], states[0][key])
+
+
+def test_prototypes_are_frozen_then_learn_and_start_each_step_with_length_one(tmp_path: Path) -> None:
+    _, states = _fit(tmp_path, "SwAV", 3, epochs=2, freeze_epochs=1)
+    weight = [s["prototypes.weight"] for s in states]
+    for w in weight[:4]:
+        torch.testing.assert_close(w, weight[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(w.norm(dim=1), torch.ones(20))
+    assert (weight[4] - weight[3]).abs().max() > 1e-4
+    assert [int(s["queues.0.count"]) for s in states] == [0, 0, 0, 0, 64, 64, 64]
+
+
+def test_rows_that_a_filter_drops_never_enter_the_queue(tmp_path: Path) -> None:
+    data = digits("MoCo", noise=NoiseConfig("symmetric", 0.5, 1))
+    net, _ = _fit(tmp_path, "MoCo", 3, callbacks=[KnownClean()], data=data)
+    index = net.queue.index[net.queue.index >= 0]
+    assert 60 < len(index) < 130  # of 192 drawn
+    assert not bool(data.train_is_noise[index].any())
+
+
+def test_rows_that_a_filter_drops_never_enter_the_queues_of_swav(tmp_path: Path) -> None:
+    data = digits("SwAV", noise=NoiseConfig("symmetric", 0.5, 1))
+    options = {"queue_start_epoch": 0, "queue_size": 192}
+    net, _ = _fit(tmp_path, "SwAV", 3, callbacks=[KnownClean()], data=data, **options)
+    kept = int(net.queues[0].count)
+    assert 60 < kept < 130  # of 192 drawn
+    assert int(net.queues[1].count) == kept
+
+
+def test_collapse_would_show_in_output_std() -> None:
+    from lightning_nrml.modules.byol import spread
+
+    torch.manual_seed(0)
+    assert float(spread(torch.randn(1000, 64))) == pytest.approx(1.0, abs=0.02)
+    assert float(spread(torch.randn(1, 64).expand(50, 64))) == pytest.approx(0.0, abs=1e-6)
