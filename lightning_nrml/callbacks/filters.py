@@ -52,6 +52,36 @@ class PRISM(NoiseFilterCallback):
         return filters.PRISM(sizes.num_classes, sizes.embedding_dim, **{**self.options, "memory_size": size})
 
 
+class Consensus(NoiseFilterCallback):
+    """A classifier and a memory judge each label, sample by sample, over the whole run; our own method.
+
+    Needs no noise rate, and estimates one (``noise/rate``). See :class:`lightning_nrml.filters.Consensus`.
+
+    Args:
+        warmup_steps: steps in which everything is kept while evidence gathers.
+        smoothing: weight in [0, 1) of earlier opinions on a sample.
+        classifier: ``side`` trains a softmax regression on detached embeddings; ``logits`` takes the
+            module's own classifier.
+        kwargs: schedule, see :class:`NoiseFilterCallback`.
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int = 150,
+        smoothing: float = 0.6,
+        classifier: Literal["side", "logits"] = "side",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(filter=None, **kwargs)
+        self.options = {"warmup_steps": warmup_steps, "smoothing": smoothing, "classifier": classifier}
+
+    def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
+        """Size the filter for this run."""
+        return filters.Consensus(
+            sizes.num_classes, sizes.embedding_dim, sizes.num_samples, **self.options
+        )
+
+
 class KnownClean(NoiseFilterCallback):
     """Upper bound of every filter: drops exactly the samples whose given label is known to be wrong.
 
