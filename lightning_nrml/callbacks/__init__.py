@@ -1,8 +1,29 @@
 """Callbacks: when things happen, what is logged and what is written."""
 
-from lightning_nrml.callbacks.filters import PRISM, Consensus, KnownClean
+from lightning_nrml.callbacks.filters import (
+    BARE,
+    PRISM,
+    Consensus,
+    KNNVote,
+    KnownClean,
+    LossQuantile,
+    SmallLoss,
+)
 from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
+from lightning_nrml.callbacks.tsint import TSINT
 
-__all__ = ["PRISM", "Consensus", "KnownClean", "NoiseFilterCallback", "PredictionWriter", "RetrievalEvaluator"]
+__all__ = [
+    "BARE",
+    "PRISM",
+    "TSINT",
+    "Consensus",
+    "KNNVote",
+    "KnownClean",
+    "LossQuantile",
+    "NoiseFilterCallback",
+    "PredictionWriter",
+    "RetrievalEvaluator",
+    "SmallLoss",
+]

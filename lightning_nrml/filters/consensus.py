@@ -263,7 +263,9 @@ class Consensus(NoiseFilter):
     def select_scores(self, score: Tensor) -> Selection:
         """Keep what is at least as likely clean as not; NaN is kept."""
         threshold = score.new_tensor(0.5).log()
-        return Selection((~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.low_share()})
+        return Selection(
+            (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.low_share()}
+        )
 
     @torch.no_grad()
     def update(self, ctx: FilterContext, selection: Selection) -> None:

@@ -94,5 +94,7 @@ def as_loss(value: Loss | Mapping[str, Any]) -> Loss:
 
 def _with_losses(value: Any) -> Any:
     """A list of losses, as those that combine others take, is rebuilt one by one."""
-    described = isinstance(value, list) and value and all(isinstance(x, Mapping) and "class_path" in x for x in value)
+    described = (
+        isinstance(value, list) and value and all(isinstance(x, Mapping) and "class_path" in x for x in value)
+    )
     return [as_loss(x) for x in value] if described else value

@@ -69,7 +69,11 @@ def test_memory_scores_equal_a_slow_loop():
     index, label = torch.arange(40), torch.arange(40) % C
     z = F.normalize(unit(C, D, seed=2)[label] + 0.5 * unit(40, D), dim=1)
     part.bank.remember(index, z, label, torch.arange(40) % 3 > 0)
-    rows, i, y = unit(7, D, seed=1), torch.tensor([0, 1, 2, 3, 50, 51, 52]), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    rows, i, y = (
+        unit(7, D, seed=1),
+        torch.tensor([0, 1, 2, 3, 50, 51, 52]),
+        torch.tensor([0, 1, 2, 3, 4, 0, 1]),
+    )
     memory, owner = part.bank.memory.double(), part.bank.memory_label
     top, pairs = 0.0, 0
     for c in range(C):
