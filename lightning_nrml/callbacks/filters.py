@@ -176,7 +176,7 @@ class KNNVote(NoiseFilterCallback):
 class Consensus(NoiseFilterCallback):
     """A classifier and a memory judge each label, sample by sample, over the whole run; our own method.
 
-    Needs no noise rate, and estimates one (``noise/rate``). See :class:`lightning_nrml.filters.Consensus`.
+    Needs no noise rate, and estimates one. See :class:`lightning_nrml.filters.Consensus`.
 
     Args:
         warmup_steps: steps in which everything is kept while evidence gathers.
@@ -194,7 +194,11 @@ class Consensus(NoiseFilterCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(filter=None, **kwargs)
-        self.options = {"warmup_steps": warmup_steps, "smoothing": smoothing, "classifier": classifier}
+        self.options: dict[str, Any] = {
+            "warmup_steps": warmup_steps,
+            "smoothing": smoothing,
+            "classifier": classifier,
+        }
 
     def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
         """Size the filter for this run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -21,7 +20,8 @@ class TwoGroups(StateModule):
     costs the same for every size of the training set. Equal widths make the probability of the high group
     rise with the value everywhere. Means closer than a quarter of the deviation are no two groups: all values
     are then taken for high. The groups are made to explain half of the variance at least: while the evidence
-    is weak, a free fit runs into a single wide group, nothing is dropped, and the evidence stays weak. The fit is expectation maximisation, a few rounds per step.
+    is weak, a free fit runs into a single wide group, nothing is dropped, and the evidence stays weak. The
+    fit is expectation maximisation, a few rounds per step.
 
     Args:
         limit: values are clipped to ``[-limit, limit]``.

@@ -193,7 +193,7 @@ class SampleCenters(ClassSums):
         self.put(index, new, label.masked_fill(~keep, -1), once)
 
     def without_self(self, index: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum ``(B, D)`` float64 and number ``(B,)`` of the rows of class ``label`` but for the sample's own."""
+        """Sum ``(B, D)`` float64 and number ``(B,)`` of the class's rows but for the sample's own."""
         own = self.memory_label.index_select(0, index) == label
         total = self.class_sum.index_select(0, label)
         total = total - self.memory.index_select(0, index).double() * own.unsqueeze(1)
