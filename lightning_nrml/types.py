@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "FilterContext", "LossFn", "Selection", "StepOutput"]
+__all__ = ["Batch", "FilterContext", "LossFn", "PairLossFn", "Selection", "StepOutput"]
 
 
 class Batch(TypedDict):
@@ -40,6 +40,8 @@ class FilterContext:
         per_sample_loss: ``(B,)`` detached unreduced loss, if the module has it.
         epoch: current epoch, from 0.
         step: optimiser steps done so far.
+        proxies: ``(C, D)`` detached learned directions of the classes, if the loss has them.
+        teacher: ``(B, D')`` detached float32 rows of unit length of a teacher on the same images.
     """
 
     embedding: Tensor
@@ -49,6 +51,8 @@ class FilterContext:
     per_sample_loss: Tensor | None = None
     epoch: int = 0
     step: int = 0
+    proxies: Tensor | None = None
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         return self.label.shape[0]
@@ -63,7 +67,8 @@ class Selection:
         score: ``(B,)`` log-probability that the given label is right; NaN = no opinion.
         threshold: 0-d tensor, the score that had to be passed (NaN if none applied).
         stats: further scalars or per-class/per-sample tensors, for logs and audits.
-        pair_weight: optional ``(B, M)`` weights of pairs, for pairwise filters.
+        pair_weight: optional ``(B, B)`` weights in [0, 1] of the pairs of the (gathered) batch, for pairwise
+            filters; a rank's part has its own rows and all columns.
     """
 
     weight: Tensor
@@ -91,6 +96,7 @@ class Selection:
 
 
 LossFn = Callable[[Tensor | None], Tensor | Mapping[str, Tensor]]
+PairLossFn = Callable[[Tensor | None, Tensor], Tensor | Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,9 @@ class StepOutput:
         per_sample_loss: ``(B,)`` unreduced loss; used when ``loss_fn`` is absent (weighted mean) and
             shown to filters.
         extras: anything else that callbacks may want to read.
+        proxies: ``(C, D)`` learned directions of the classes, for filters.
+        pair_loss_fn: called instead of ``loss_fn`` when a filter selects pairs, with the sample weights and
+            this rank's pair weights ``(B, M)``; ``M`` rows are in the gathered batch.
     """
 
     embedding: Tensor
@@ -116,3 +125,5 @@ class StepOutput:
     loss_fn: LossFn | None = None
     per_sample_loss: Tensor | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+    proxies: Tensor | None = None
+    pair_loss_fn: PairLossFn | None = None

@@ -1,20 +1,35 @@
 """Callbacks: when things happen, what is logged and what is written."""
 
-from lightning_nrml.callbacks.filters import PRISM, KnownClean
+from lightning_nrml.callbacks.filters import (
+    BARE,
+    PRISM,
+    Consensus,
+    KNNVote,
+    KnownClean,
+    LossQuantile,
+    SmallLoss,
+)
 from lightning_nrml.callbacks.health import RepresentationHealth
 from lightning_nrml.callbacks.knn import OnlineKNN
 from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.probe import OnlineLinearProbe
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
+from lightning_nrml.callbacks.tsint import TSINT
 
 __all__ = [
+    "BARE",
     "PRISM",
+    "TSINT",
+    "Consensus",
+    "KNNVote",
     "KnownClean",
+    "LossQuantile",
     "NoiseFilterCallback",
     "OnlineKNN",
     "OnlineLinearProbe",
     "PredictionWriter",
     "RepresentationHealth",
     "RetrievalEvaluator",
+    "SmallLoss",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -78,6 +79,13 @@ class NoiseFilterCallback(Callback):
         every_n_epochs: epochs between two whole-set passes (``granularity="epoch"`` only).
         max_age: epochs after which a dropped sample is forwarded again, with weight 0, to be judged anew
             (``granularity="epoch"`` only); 0 never brings one back.
+        ramp_epochs: epochs over which the filter's assumed noise rate rises linearly from 0, counted from
+            ``start_epoch``; 0 = the full rate at once.
+        correct_labels: train with the label that the filter suggests, where it is confident: the suggested
+            label scores at least as high as the median of the batch's kept rows do with theirs. It counts
+            from the sample's next batch on, until the filter thinks otherwise; the filter judges it like
+            any other label. Off: suggestions are only written to the ledger
+            (``granularity="batch"`` only).
         name: key under ``pl_module.filters``; default the filter's class name in lower case.
         save_ledger: write ``noise_ledger.parquet`` and ``.csv`` into the run folder at the end of fit.
     """
@@ -89,6 +97,8 @@ class NoiseFilterCallback(Callback):
         start_epoch: int = 0,
         every_n_epochs: int = 1,
         max_age: int = 5,
+        ramp_epochs: int = 0,
+        correct_labels: bool = False,
         name: str | None = None,
         save_ledger: bool = True,
     ) -> None:
@@ -98,11 +108,16 @@ class NoiseFilterCallback(Callback):
             raise ValueError(
                 f"every_n_epochs is {every_n_epochs}: it must be 1, or more with granularity='epoch'."
             )
-        if start_epoch < 0 or max_age < 0:
-            raise ValueError(f"start_epoch ({start_epoch}) and max_age ({max_age}) must not be negative.")
+        for key, value in (("start_epoch", start_epoch), ("max_age", max_age), ("ramp_epochs", ramp_epochs)):
+            if value < 0:
+                raise ValueError(f"{key} is {value}: it must not be negative.")
+        if correct_labels and granularity != "batch":
+            raise ValueError("correct_labels works with granularity='batch' only.")
         self.filter = filter
         self.granularity: Granularity = granularity
         self.start_epoch, self.every_n_epochs, self.max_age = start_epoch, every_n_epochs, max_age
+        self.ramp_epochs, self.correct_labels = ramp_epochs, correct_labels
+        self._full_rate: float | None = None
         self.name = name or type(filter or self).__name__.lower()
         self.save_ledger = save_ledger
         self._quality: FilterQuality | None = None
@@ -134,6 +149,7 @@ class NoiseFilterCallback(Callback):
                 f"{type(part).__name__} works with granularity {' or '.join(map(repr, part.granularities))}, "
                 f"not '{self.granularity}'."
             )
+        self._check_schedule(part)
         if self.name in chain and chain[self.name] is not part and self.name in chain.mode:
             raise ValueError(f"Two noise filters are called '{self.name}': give one of them another name=.")
         chain[self.name] = part
@@ -141,6 +157,8 @@ class NoiseFilterCallback(Callback):
         if getattr(pl_module, "noise_ledger", None) is None:
             pl_module.noise_ledger = SampleLedger(sizes.num_samples)
         ledger = cast(SampleLedger, pl_module.noise_ledger)
+        if self.correct_labels:
+            ledger.allow_corrections()
         if self.granularity == "epoch":
             if getattr(pl_module, "feature_bank", None) is not None and chain.epoch_keep.keys() - {self.name}:
                 raise ValueError(
@@ -154,6 +172,20 @@ class NoiseFilterCallback(Callback):
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         distributed.exempt_from_ddp_sync(pl_module)
         self._quality = FilterQuality()
+
+    def _check_schedule(self, part: NoiseFilter) -> None:
+        if self.ramp_epochs:
+            if not hasattr(part, "noise_rate"):
+                raise ValueError(
+                    f"ramp_epochs needs a filter with a noise_rate, which {type(part).__name__} has not: "
+                    "leave it at 0."
+                )
+            if self._full_rate is None:
+                self._full_rate = float(part.noise_rate)
+        if self.correct_labels and type(part).suggest is NoiseFilter.suggest:
+            raise ValueError(
+                f"correct_labels needs a filter that suggests labels; {type(part).__name__} does not."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a restore: hand the last epoch decision to the sampler of the epoch to come."""
@@ -180,7 +212,30 @@ class NoiseFilterCallback(Callback):
         active = trainer.current_epoch >= self.start_epoch
         mode: Mode = self.granularity if active else "observe"
         _chain_of(pl_module).mode[self.name] = mode
+        self._set_rate(cast(NoiseFilter, _chain_of(pl_module)[self.name]), trainer.current_epoch)
         return active
+
+    def _set_rate(self, part: NoiseFilter, epoch: int) -> None:
+        """The ramp: a function of the epoch alone, so that it needs no state."""
+        if self._full_rate is not None:
+            done = min(max(epoch - self.start_epoch, 0) / self.ramp_epochs, 1.0)
+            part.noise_rate = self._full_rate * done  # type: ignore[assignment]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put corrected labels in the place of the given ones."""
+        if self.correct_labels:
+            corrected = cast(Tensor, pl_module.noise_ledger.corrected)[batch["index"]]  # type: ignore[union-attr]
+            batch["label"] = torch.where(corrected >= 0, corrected, batch["label"])
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Correct the labels of the batch's samples for the next time."""
+        chain = _chain_of(pl_module)
+        if self.correct_labels and chain.pending is not None and chain.mode[self.name] == "batch":
+            ctx, selection = chain.pending
+            label = confident_labels(cast(NoiseFilter, chain[self.name]), ctx, selection)
+            cast(SampleLedger, pl_module.noise_ledger).correct(ctx.index, label)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the filters learn from the batch; write ledger and bank."""
@@ -191,10 +246,13 @@ class NoiseFilterCallback(Callback):
         if pending is None:  # another filter callback of this run was first
             return
         ctx, selection = pending
+        weight, score = selection.weight, selection.score
+        ledger = cast(SampleLedger, pl_module.noise_ledger)
+        if ledger.corrected is not None:  # the ledger speaks of given labels, and this one took no part
+            changed = _train_label(trainer).to(ctx.label.device)[ctx.index] != ctx.label
+            weight, score = weight.masked_fill(changed, 0.0), score.masked_fill(changed, torch.nan)
         suggested = selection.stats.get("suggested", selection.stats.get(f"{self.name}/suggested"))
-        cast(SampleLedger, pl_module.noise_ledger).record(
-            ctx.index, selection.weight, selection.score, suggested
-        )
+        ledger.record(ctx.index, weight, score, suggested)
         bank = getattr(pl_module, "feature_bank", None)
         if isinstance(bank, FeatureBank):
             bank.write(ctx.index, ctx.embedding, trainer.current_epoch)
@@ -252,6 +310,7 @@ class NoiseFilterCallback(Callback):
     def _decide(self, trainer: Trainer, pl_module: LightningModule, part: NoiseFilter) -> None:
         """Score the whole training set from the bank and write ``ledger.keep``."""
         bank, ledger = cast(FeatureBank, pl_module.feature_bank), cast(SampleLedger, pl_module.noise_ledger)
+        self._set_rate(part, trainer.current_epoch + 1)  # that of the epoch it is for
         label = _train_label(trainer).to(bank.embedding.device)
         judged = (bank.epoch_seen >= 0) | (not part.uses_embedding)
         score = torch.full((len(label),), torch.nan, device=label.device)
@@ -290,6 +349,22 @@ class NoiseFilterCallback(Callback):
         self._quality.update(own.keep, clean != batch["label"], own.score)
 
 
+@torch.no_grad()
+def confident_labels(part: NoiseFilter, ctx: FilterContext, selection: Selection) -> Tensor:
+    """``(B,)`` suggested labels that score like the kept rows of the batch do with theirs; -1 elsewhere.
+
+    Log-probabilities have no common scale over filters and class numbers, so the level is the median of
+    the scores of the kept rows. While the filter applies no threshold (warm-up), nothing is suggested.
+    """
+    suggested = part.suggest(ctx)
+    if suggested is None:
+        return torch.full_like(ctx.label, -1)
+    own = part.score(ctx).masked_fill(~selection.keep, torch.nan)
+    other = part.score(replace(ctx, label=suggested.clamp_min(0)))
+    confident = (suggested >= 0) & (other >= own.nanmedian()) & ctx.embedding.isfinite().all(dim=1)
+    return suggested.masked_fill(~confident | selection.threshold.isnan(), -1)
+
+
 def _chain_of(pl_module: LightningModule) -> FilterChain:
     """The module's filter chain; made on first use for modules that do not extend ours."""
     chain = getattr(pl_module, "filters", None)
@@ -318,7 +393,9 @@ def _tell_sampler(trainer: Trainer, pl_module: LightningModule) -> None:
 def _train_label(trainer: Trainer) -> Tensor:
     label = getattr(getattr(trainer, "datamodule", None), "train_label", None)
     if not isinstance(label, Tensor):
-        raise TypeError("granularity='epoch' needs a datamodule with a `train_label` (N,) tensor.")
+        raise TypeError(
+            "granularity='epoch' and correct_labels need a datamodule with a `train_label` (N,) tensor."
+        )
     return label
 
 

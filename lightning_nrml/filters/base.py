@@ -28,12 +28,13 @@ class NoiseFilter(StateModule):
         uses_embedding: False if scores do not depend on embeddings; a whole-set decision is then possible
             before the first epoch.
         requires: names of optional :class:`~lightning_nrml.types.FilterContext` fields that the filter
-            cannot do without (``"logits"``, ``"per_sample_loss"``); the driver checks them.
+            cannot do without (``"logits"``, ``"per_sample_loss"``, ``"proxies"``, ``"teacher"``); the driver
+            checks them, and modules compute costly ones only if a filter asks.
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("batch",)
     uses_embedding: ClassVar[bool] = True
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: tuple[str, ...] = ()
 
     def score(self, ctx: FilterContext) -> Tensor:
         """``(B,)`` float32 log-probability that the given label is right; higher is cleaner."""

@@ -23,7 +23,16 @@ from lightning_nrml.types import FilterContext, Selection
 Mode = Literal["off", "observe", "batch", "epoch"]
 
 #: Attributes that callbacks add to a module; their state may be absent or left over.
-ATTACHED = ("filters", "noise_ledger", "feature_bank", "probes", "knn_bank")
+ATTACHED = ("filters", "noise_ledger", "feature_bank", "filter_teacher", "probes", "knn_bank")
+
+
+_REMEDY = {
+    "logits": "use a loss with a classifier or proxies, or pass logits= to select()",
+    "per_sample_loss": "use a loss that has one, such as CosineSoftmaxLoss or ContrastiveLoss, "
+    "or pass per_sample_loss= to select()",
+    "proxies": "use a loss with proxies, such as CosineSoftmaxLoss, or pass proxies= to select()",
+    "teacher": "attach the filter by its own callback, and pass batch= to select()",
+}
 
 
 def gathered_context(
@@ -33,6 +42,8 @@ def gathered_context(
     index: Tensor,
     logits: Tensor | None = None,
     per_sample_loss: Tensor | None = None,
+    proxies: Tensor | None = None,
+    teacher: Tensor | None = None,
     epoch: int = 0,
     step: int = 0,
 ) -> tuple[FilterContext, slice]:
@@ -41,21 +52,27 @@ def gathered_context(
     Args:
         embedding: ``(B, D)`` rows of this rank, any scale and dtype; ranks may hold unequal B.
         label, index, logits, per_sample_loss, epoch, step: see :class:`FilterContext`.
+        proxies: ``(C, D)``, equal on all ranks: not gathered.
+        teacher: ``(B, D')`` rows of this rank, any scale and dtype.
     """
     sizes = distributed.gather_sizes(label.shape[0], label.device)
 
     def collect(x: Tensor | None) -> Tensor | None:
         return None if x is None else distributed.gather(x, sizes=sizes)
 
-    z = distributed.gather(embedding.detach().float(), sizes=sizes)
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(distributed.gather(x.detach().float(), sizes=sizes), dim=1)
+
     ctx = FilterContext(
-        embedding=F.normalize(z, dim=1),
+        embedding=unit(embedding),
         label=distributed.gather(label, sizes=sizes),
         index=distributed.gather(index, sizes=sizes),
         logits=collect(logits),
         per_sample_loss=collect(per_sample_loss),
         epoch=epoch,
         step=step,
+        proxies=None if proxies is None else proxies.detach(),
+        teacher=None if teacher is None else unit(teacher),
     )
     return ctx, distributed.own_rows(sizes)
 
@@ -66,13 +83,25 @@ class FilterChain(nn.ModuleDict):
     ``mode[name]`` is set by the callback that owns the filter: ``"observe"`` only fills memories,
     ``"batch"`` decides in every step, ``"epoch"`` applies the decision of the last whole-set pass,
     which ``epoch_keep[name]()`` returns as a ``(N,)`` bool tensor by dataset index.
+
+    ``sources[field](batch)`` computes a field of the context from this rank's batch, where a callback
+    brings the means for it (a teacher's embedding).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.mode: dict[str, Mode] = {}
         self.epoch_keep: dict[str, Callable[[], Tensor]] = {}
+        self.sources: dict[str, Callable[[Any], Tensor]] = {}
         self.pending: tuple[FilterContext, Selection] | None = None
+
+    def wants(self, field: str) -> bool:
+        """Whether a filter that is switched on needs this optional field of the context."""
+        return any(field in part.requires for _, part in self.named_filters())
+
+    def from_sources(self, batch: Any) -> dict[str, Tensor]:
+        """The fields that callbacks compute from this rank's batch, as far as a filter wants them."""
+        return {field: source(batch) for field, source in self.sources.items() if self.wants(field)}
 
     def named_filters(self) -> Iterator[tuple[str, NoiseFilter]]:
         """The filters that are switched on in any mode, in order."""
@@ -100,7 +129,7 @@ class FilterChain(nn.ModuleDict):
             if getattr(ctx, field) is None:
                 raise ValueError(
                     f"The filter '{name}' ({type(part).__name__}) needs `{field}`, but the module's step "
-                    f"gives none: use a loss with a classifier or proxies, or pass {field}= to select()."
+                    f"gives none: {_REMEDY[field]}."
                 )
         with torch.no_grad(), _float32_default():
             return part.select(ctx)
@@ -147,6 +176,8 @@ def select(
     index: Tensor,
     logits: Tensor | None = None,
     per_sample_loss: Tensor | None = None,
+    proxies: Tensor | None = None,
+    batch: Any = None,
     epoch: int | None = None,
     step: int | None = None,
 ) -> Selection:
@@ -162,6 +193,8 @@ def select(
         index: ``(B,)`` positions in the training set.
         logits: ``(B, C)``, for filters that need a posterior.
         per_sample_loss: ``(B,)``, for filters that look at the loss.
+        proxies: ``(C, D)`` class weights or proxies, for filters that compare with them.
+        batch: the whole batch, for callbacks that compute a filter's input from it (T-SINT's teacher).
         epoch, step: taken from ``module`` when it is a LightningModule.
 
     Returns:
@@ -177,6 +210,8 @@ def select(
         index=index,
         logits=logits,
         per_sample_loss=per_sample_loss,
+        proxies=proxies,
+        **({} if batch is None else chain.from_sources(batch)),
         epoch=getattr(counters, "current_epoch", 0) if epoch is None else epoch,
         step=getattr(counters, "global_step", 0) if step is None else step,
     )

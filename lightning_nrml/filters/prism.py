@@ -6,21 +6,16 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
+from torch.nn.functional import hardshrink, normalize
 
 from lightning_nrml.filters.base import NoiseFilter
 from lightning_nrml.filters.vmf import concentration, log_normalizer
+from lightning_nrml.memory import CenterMemory
 from lightning_nrml.precision import exact_products
 from lightning_nrml.types import FilterContext, Selection
 
-# Rows enter the memory rounded to multiples of 2^-30, finer than float32 resolves unit rows where it
-# matters. Float64 sums of up to 2^23 such rows are exact: adding and taking off rows never drifts, does
-# not depend on the order of additions (equal on all ranks), and equals a rebuilt sum bit for bit.
-_GRID = 2.0**30
-_MAX_MEMORY = 2**23
 
-
-class PRISM(NoiseFilter):
+class PRISM(NoiseFilter, CenterMemory):
     """Probabilistic Ranking-based Instance Selection with Memory.
 
     Each sample gets the probability that its given label is right, judged by the class centres of a
@@ -32,6 +27,8 @@ class PRISM(NoiseFilter):
         ``"avg"``: ``s_k = w_k . x`` with ``w_k`` the plain mean of the class's memory rows (its length
         carries the class's spread), the mean cosine to these rows.
         ``"vmf"``: ``s_k`` is the log-density of a von Mises-Fisher distribution fitted to them.
+        ``"proxy"`` (ProxySim, first version of arXiv 2108.01431): ``w_k`` is the unit proxy that the loss
+            has learned for the class (``ctx.proxies``); there is no memory.
     Threshold (sTRM): ``Q`` is the ``int(noise_rate * n)``-th smallest ``P_clean`` of the batch; rows
     strictly above the mean of ``Q`` over the last ``window`` batches, this one included, are kept.
     ``window=1`` is the paper's TRM: without ties, exactly ``int(noise_rate * n)`` rows are dropped.
@@ -66,7 +63,7 @@ class PRISM(NoiseFilter):
         noise_rate: assumed share ``R`` of wrong labels, in [0, 1).
         memory_size: rows ``M`` of the memory; about the size of the training set works best.
         window: number of batches over which the threshold is smoothed; 1 = none.
-        similarity: ``"avg"`` (AvgSim) or ``"vmf"`` (vMF-Sim).
+        similarity: ``"avg"`` (AvgSim), ``"vmf"`` (vMF-Sim) or ``"proxy"`` (ProxySim).
         warmup_steps: number of :meth:`update` calls during which everything is kept.
         count_empty_classes: let classes without a centre count in the denominator, as the official code
             does (``exp(0)`` each; for ``"vmf"`` the uniform density). Default off.
@@ -90,15 +87,7 @@ class PRISM(NoiseFilter):
     granularities: ClassVar[tuple[str, ...]] = ("batch", "epoch")
     max_rbar: ClassVar[float] = 0.98
 
-    memory: Tensor
-    memory_label: Tensor
-    centers: Tensor
-    filled: Tensor
-    class_sum: Tensor
-    class_count: Tensor
     window_values: Tensor
-    pointer: Tensor
-    count: Tensor
     steps: Tensor
 
     def __init__(
@@ -108,49 +97,37 @@ class PRISM(NoiseFilter):
         noise_rate: float = 0.5,
         memory_size: int = 8192,
         window: int = 30,
-        similarity: Literal["avg", "vmf"] = "avg",
+        similarity: Literal["avg", "vmf", "proxy"] = "avg",
         warmup_steps: int = 0,
         count_empty_classes: bool = False,
         shared_kappa: bool = False,
     ) -> None:
-        super().__init__()
+        if similarity not in ("avg", "vmf", "proxy"):
+            raise ValueError(f"similarity must be 'avg', 'vmf' or 'proxy', got {similarity!r}.")
+        super().__init__(num_classes, embedding_dim, 1 if similarity == "proxy" else memory_size)
         for name, value, least in (
-            ("num_classes", num_classes, 1),
             ("embedding_dim", embedding_dim, 2 if similarity == "vmf" else 1),
-            ("memory_size", memory_size, 1),
             ("window", window, 1),
             ("warmup_steps", warmup_steps, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if memory_size > _MAX_MEMORY:
-            raise ValueError(f"memory_size must be at most {_MAX_MEMORY}, got {memory_size}.")
         if not 0 <= noise_rate < 1:
             raise ValueError(
                 f"noise_rate must lie in [0, 1), e.g. 0.5 for half of the labels; got {noise_rate}."
             )
         if shared_kappa and similarity != "vmf":
             raise ValueError("shared_kappa=True needs similarity='vmf'; AvgSim has no concentration.")
-        if similarity not in ("avg", "vmf"):
-            raise ValueError(f"similarity must be 'avg' or 'vmf', got {similarity!r}.")
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
+        if similarity == "proxy":
+            self.requires = ("proxies",)
         self.noise_rate = noise_rate
-        self.memory_size = memory_size
         self.window = window
         self.similarity = similarity
         self.warmup_steps = warmup_steps
         self.count_empty_classes = count_empty_classes
         self.shared_kappa = shared_kappa
-        self.register_buffer("memory", torch.zeros(memory_size, embedding_dim))
-        self.register_buffer("memory_label", torch.full((memory_size,), -1))
-        self.register_buffer("centers", torch.zeros(num_classes, embedding_dim))
-        self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.bool))
-        self.register_buffer("class_sum", torch.zeros(num_classes, embedding_dim, dtype=torch.float64))
-        self.register_buffer("class_count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("window_values", torch.full((window,), torch.nan, dtype=torch.float64))
-        for name in ("pointer", "count", "steps"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, Tensor, Tensor] | None = None
 
     # -- scores -------------------------------------------------------------------------------------
@@ -168,30 +145,29 @@ class PRISM(NoiseFilter):
         return self._suggestion(self._class_scores(rows), finite)
 
     def _unit_rows(self, ctx: FilterContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised float32 rows ``(B, D)``, which are finite ``(B,)``, and have a class with a centre."""
-        rows, label = ctx.embedding.float(), ctx.label
-        if rows.ndim != 2 or rows.shape[1] != self.embedding_dim or label.shape != rows.shape[:1]:
+        """Normalised rows ``(B, D)``, which are finite ``(B,)``, and have a class with a centre."""
+        if self.similarity == "proxy":
+            self._take_proxies(ctx)
+        return self.unit_rows(ctx.embedding, ctx.label)
+
+    def _take_proxies(self, ctx: FilterContext) -> None:
+        """ProxySim: the loss's unit proxies are the centres; whole-set scores use those of the last step."""
+        if ctx.proxies is None:
+            return
+        if ctx.proxies.shape != self.centers.shape:
             raise ValueError(
-                f"PRISM needs embeddings (B, {self.embedding_dim}) and one class label per row; got "
-                f"embeddings {tuple(rows.shape)} and labels {tuple(label.shape)}. Set embedding_dim to match."
+                f"PRISM needs proxies {tuple(self.centers.shape)}, one per class, "
+                f"got {tuple(ctx.proxies.shape)}; use a loss with one proxy per class."
             )
-        try:
-            has_center = self.filled.index_select(0, label)
-        except IndexError:  # on the CPU only
-            bad = label[(label < 0) | (label >= self.num_classes)][0]
-            raise ValueError(
-                f"label {int(bad)} is outside 0..{self.num_classes - 1}; "
-                "set num_classes of the filter to the number of classes of the training set."
-            ) from None
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        finite = (norm < torch.inf).squeeze(1)  # False for NaN, too
-        return rows / norm.clamp_min_(1e-12), finite, finite & has_center
+        unit = normalize(ctx.proxies.float(), dim=1)
+        self.filled.copy_(unit.isfinite().all(dim=1))
+        self.centers.copy_(torch.where(self.filled.unsqueeze(1), unit, 0.0))
 
     def _class_scores(self, rows: Tensor) -> Tensor:
         """Log-scores ``s`` ``(B, C)``, -inf for classes without a centre; float64 for ``"vmf"``."""
         bias = torch.where(self.filled, 0.0, -torch.inf)
         with exact_products(rows.device.type):
-            if self.similarity == "avg":
+            if self.similarity != "vmf":
                 return torch.addmm(bias, rows, self.centers.T)
             product = rows @ self.centers.T
         rbar = torch.linalg.vector_norm(self.centers, dim=1, dtype=torch.float64)
@@ -212,7 +188,7 @@ class PRISM(NoiseFilter):
         """``log P_clean`` ``(B,)`` in float64, NaN where not ``known``; uses ``scores`` up."""
         column = label.unsqueeze(1)
         given = scores.gather(1, column).squeeze(1).double()
-        if self.similarity == "avg":
+        if self.similarity != "vmf":
             total = scores.exp_().sum(dim=1).double()  # |s| <= 1, so the exponential needs no shift
             if self.count_empty_classes:
                 total += self.num_classes - self.filled.sum()
@@ -319,59 +295,9 @@ class PRISM(NoiseFilter):
         """Write the kept, finite rows into the ring, oldest rows first to go, and refresh their centres."""
         last, self._last = self._last, None  # ``select`` has normalised this very batch already
         rows, finite = last[1:] if last is not None and last[0] is ctx else self._unit_rows(ctx)[:2]
-        keep = selection.keep.to(rows.device) & finite
-        if len(rows) <= self.memory_size:
-            self._write(rows, ctx.label, keep)
-        else:
-            chunks = (x.split(self.memory_size) for x in (rows, ctx.label, keep))
-            for part in zip(*chunks, strict=True):
-                self._write(*part)
+        if self.similarity != "proxy":
+            self.remember(rows, ctx.label, selection.keep.to(rows.device) & finite)
         self.steps.add_(1)
-
-    def _write(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
-        """Ring write of the kept ones of at most ``M`` rows."""
-        if keep.is_cpu:  # the shapes may depend on values
-            order = keep.nonzero().squeeze(1)
-        else:  # fixed shapes: dropped rows come last and rewrite what is there already
-            order = keep.byte().argsort(stable=True, descending=True)
-        kept = keep.sum()
-        place = torch.arange(len(order), device=order.device)
-        slot = place.add(self.pointer).remainder_(self.memory_size)
-        old, old_label = self.memory.index_select(0, slot), self.memory_label.index_select(0, slot)
-        new = rows.index_select(0, order).mul_(_GRID).round_().div_(_GRID)
-        new_label = label.index_select(0, order)
-        if not keep.is_cpu:
-            fresh = place < kept
-            new = torch.where(fresh.unsqueeze(1), new, old)
-            new_label = torch.where(fresh, new_label, old_label)
-        self.memory.index_copy_(0, slot, new)
-        self.memory_label.index_copy_(0, slot, new_label)
-        self.pointer.add_(kept).remainder_(self.memory_size)
-        self.count.add_(kept).clamp_max_(self.memory_size)
-
-        labels = torch.cat([old_label, new_label])
-        sign = (labels >= 0).long()  # an empty row is zero and counts 0, whatever class we put it in
-        sign[: len(old)].neg_()
-        classes = labels.clamp_min_(0)
-        self.class_sum.index_add_(0, classes, torch.cat([old.neg_(), new]).double())
-        self.class_count.index_add_(0, classes, sign)
-        self._refresh(classes)
-
-    def _refresh(self, classes: Tensor) -> None:
-        """Recompute the centres of these classes from the running sums; repeats are harmless."""
-        rows = self.class_count.index_select(0, classes)
-        mean = self.class_sum.index_select(0, classes).div_(rows.clamp_min(1).unsqueeze(1))
-        self.centers.index_copy_(0, classes, mean.float())
-        self.filled.index_copy_(0, classes, rows > 0)
-
-    @torch.no_grad()
-    def rebuild(self) -> None:
-        """Recompute sums and centres from the memory; needed only after editing the memory by hand."""
-        used = self.memory_label >= 0
-        classes = self.memory_label.clamp_min(0)
-        self.class_sum.zero_().index_add_(0, classes, self.memory.double() * used.unsqueeze(1))
-        self.class_count.zero_().index_add_(0, classes, used.long())
-        self._refresh(torch.arange(self.num_classes, device=classes.device))
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from lightning_nrml.losses.base import Loss
 from lightning_nrml.losses.byol import BYOLLoss
+from lightning_nrml.losses.combined import CombinedLoss
 from lightning_nrml.losses.contrastive import ContrastiveLoss, CrossBatchContrastiveLoss
 from lightning_nrml.losses.insclr import InsCLRLoss
 from lightning_nrml.losses.mochi import MoCHiLoss
@@ -13,6 +14,7 @@ from lightning_nrml.losses.swav import SwAVLoss, sinkhorn
 
 __all__ = [
     "BYOLLoss",
+    "CombinedLoss",
     "ContrastiveLoss",
     "CosineSoftmaxLoss",
     "CrossBatchContrastiveLoss",

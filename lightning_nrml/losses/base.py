@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ class Loss(nn.Module):
     and gradients equals one process on the whole batch (all ranks give equally many rows); a row of
     weight 0 takes no part and gets exactly zero gradient, even if it holds NaN; a batch in which nothing
     is kept gives 0, attached to the graph.
+
+    Attributes:
+        takes_pairs: whether ``forward`` also takes ``pair_weight (B, M)``, the weights of the pairs of this
+            rank's rows with the ``M`` rows of the gathered batch.
     """
+
+    takes_pairs: ClassVar[bool] = False
 
     def forward(self, embedding: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of a batch.
@@ -35,6 +41,17 @@ class Loss(nn.Module):
 
     def logits(self, embedding: Tensor) -> Tensor | None:
         """``(B, C)`` class logits for filters that need them; ``None`` if the loss has no classes."""
+        return None
+
+    def per_sample(self, embedding: Tensor, label: Tensor) -> Tensor | None:
+        """``(B,)`` float32 unreduced loss without gradient, for filters; ``None`` if the loss has none.
+
+        NaN for rows that are not finite. Every rank must call it at the same time.
+        """
+        return None
+
+    def proxies(self) -> Tensor | None:
+        """``(C, D)`` learned directions of the classes, for filters; ``None`` if the loss has none."""
         return None
 
     def arguments(self) -> dict[str, Any] | None:

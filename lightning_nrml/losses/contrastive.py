@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class ContrastiveLoss(Loss):
     with s > neg_margin of s) / n``. A sample is never paired with itself.
 
     With weights, a pair counts ``w_i * w_j`` and ``n`` is the sum of the weights, so 0/1 weights give the
-    loss of the kept samples alone.
+    loss of the kept samples alone. With pair weights, which pairwise filters give, a pair counts that much
+    more or less; ``n`` stays.
 
     Source: MCL of Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, as used by PRISM,
     Liu et al., CVPR 2021 (official code; the paper prints other constants with the same gradients).
@@ -42,30 +43,64 @@ class ContrastiveLoss(Loss):
         ValueError: if ``neg_margin`` is not a cosine.
     """
 
+    takes_pairs: ClassVar[bool] = True
+
     def __init__(self, neg_margin: float = 0.5) -> None:
         super().__init__()
         _check_margin(neg_margin)
         self.neg_margin = neg_margin
 
-    def forward(self, embedding: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-        """See :class:`~lightning_nrml.losses.base.Loss`."""
+    def forward(
+        self,
+        embedding: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`~lightning_nrml.losses.base.Loss`.
+
+        Args:
+            embedding, label, weight: as in every loss.
+            pair_weight: ``(B, M)`` weights in [0, 1] of the pairs with the M rows of the gathered batch.
+
+        Raises:
+            ValueError: if the shapes do not agree.
+        """
         with full_precision(embedding):
             z, w = prepare(embedding, label, weight)
-            z = unit_rows(z)
-            keys = distributed.gather(z, grad=True)
-            key_label = distributed.gather(label)
+            pair = self._pairs(unit_rows(z), label)
+            if pair_weight is not None:
+                if pair_weight.shape != pair.shape:
+                    raise ValueError(
+                        f"'pair_weight' must be {tuple(pair.shape)}, this rank's rows against the gathered "
+                        f"batch, got {tuple(pair_weight.shape)}."
+                    )
+                pair = pair * pair_weight.detach().to(pair)
             key_weight = distributed.gather(w)
-
-            s = z @ keys.T
-            same = label[:, None] == key_label[None, :]
-            # By position and not only by similarity: TF32 products of a row with itself are off by 1e-3.
-            own = torch.arange(len(z), device=z.device) + distributed.rank() * len(z)
-            other = torch.ones_like(same).scatter_(1, own[:, None], False)
-            positive = same & other & (s < SAME_IMAGE)
-            negative = ~same & (s > self.neg_margin)
-            pair = (1.0 - s) * positive + s * negative
             total = (w[:, None] * key_weight[None, :] * pair).sum()
             return safe_divide(total, key_weight.sum() / distributed.world_size())
+
+    def _pairs(self, z: Tensor, label: Tensor) -> Tensor:
+        """``(B, M)`` terms of the unit rows ``z`` against the gathered batch."""
+        keys = distributed.gather(z, grad=True)
+        key_label = distributed.gather(label)
+        s = z @ keys.T
+        same = label[:, None] == key_label[None, :]
+        # By position and not only by similarity: TF32 products of a row with itself are off by 1e-3.
+        own = torch.arange(len(z), device=z.device) + distributed.rank() * len(z)
+        other = torch.ones_like(same).scatter_(1, own[:, None], False)
+        positive = same & other & (s < SAME_IMAGE)
+        negative = ~same & (s > self.neg_margin)
+        return (1.0 - s) * positive + s * negative
+
+    @torch.no_grad()
+    def per_sample(self, embedding: Tensor, label: Tensor) -> Tensor:
+        """``(B,)`` sums over the pairs of each row, see :meth:`Loss.per_sample`; none with broken rows."""
+        with full_precision(embedding):
+            finite = torch.isfinite(embedding).all(dim=1)
+            z, w = prepare(embedding, label, finite)
+            loss = (self._pairs(unit_rows(z), label) * distributed.gather(w)).sum(dim=1)
+            return loss.float().masked_fill(~finite, torch.nan)
 
 
 class CrossBatchContrastiveLoss(torch.nn.Module):

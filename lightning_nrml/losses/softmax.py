@@ -61,6 +61,16 @@ class CosineSoftmaxLoss(Loss):
             total = (w * F.cross_entropy(self.logits(z), target, reduction="none")).sum()
             return safe_divide(total, distributed.mean_over_ranks(w.sum()))
 
+    @torch.no_grad()
+    def per_sample(self, embedding: Tensor, label: Tensor) -> Tensor:
+        """``(B,)`` cross-entropies, see :meth:`Loss.per_sample`."""
+        with full_precision(embedding):
+            return F.cross_entropy(self.logits(embedding), label, reduction="none").float()
+
+    def proxies(self) -> Tensor:
+        """``(C, D)`` class weights."""
+        return self.class_weight
+
     def extra_repr(self) -> str:
         """Shown by ``print``."""
         return f"num_classes={self.num_classes}, scale={self.scale}"

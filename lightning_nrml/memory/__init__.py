@@ -1,7 +1,8 @@
-"""State that outlives a batch: queue, per-sample bank and ledger. Fixed-shape, persistent, in place."""
+"""State that outlives a batch: queue, bank, centres and ledger. Fixed-shape, persistent, in place."""
 
 from lightning_nrml.memory.bank import FeatureBank
+from lightning_nrml.memory.centers import CenterMemory
 from lightning_nrml.memory.ledger import SampleLedger
 from lightning_nrml.memory.queue import FeatureQueue
 
-__all__ = ["FeatureBank", "FeatureQueue", "SampleLedger"]
+__all__ = ["CenterMemory", "FeatureBank", "FeatureQueue", "SampleLedger"]

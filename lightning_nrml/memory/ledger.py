@@ -26,6 +26,7 @@ class SampleLedger(StateModule):
         score_count: ``(N,)`` int64, number of scores.
         suggested: ``(N,)`` int64, the newest suggested label, -1 = none.
         keep: ``(N,)`` bool, the decision of an epoch-level filter; True at the start.
+        corrected: ``None``, or see :meth:`allow_corrections`.
 
     Raises:
         ValueError: if ``num_samples`` is not a positive whole number.
@@ -38,6 +39,7 @@ class SampleLedger(StateModule):
     score_count: Tensor
     suggested: Tensor
     keep: Tensor
+    corrected: Tensor | None
 
     def __init__(self, num_samples: int) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class SampleLedger(StateModule):
         self.register_buffer("score_count", torch.zeros(num_samples, dtype=torch.int64))
         self.register_buffer("suggested", torch.full((num_samples,), -1))
         self.register_buffer("keep", torch.ones(num_samples, dtype=torch.bool))
+        self.register_buffer("corrected", None)
 
     @torch.no_grad()
     def record(self, index: Tensor, weight: Tensor, score: Tensor, suggested: Tensor | None = None) -> None:
@@ -88,6 +91,27 @@ class SampleLedger(StateModule):
         if suggested is not None:
             suggested = suggested.to(self.suggested)
             self._write_last(self.suggested, index, suggested, suggested >= 0)
+
+    def allow_corrections(self) -> None:
+        """Add the buffer ``corrected`` ``(N,)`` int64: the label to train with, -1 = the given one."""
+        if self.corrected is None:
+            self.corrected = torch.full_like(self.suggested, -1)
+
+    @torch.no_grad()
+    def correct(self, index: Tensor, label: Tensor) -> None:
+        """Set the labels to train with from now on.
+
+        Args:
+            index: ``(B,)`` dataset positions.
+            label: ``(B,)`` int64, -1 = the given label again.
+
+        Raises:
+            RuntimeError: without :meth:`allow_corrections`.
+        """
+        if self.corrected is None:
+            raise RuntimeError("This SampleLedger holds no corrected labels: call allow_corrections() first.")
+        index = index.to(self.corrected.device)
+        self._write_last(self.corrected, index, label.to(self.corrected), torch.ones_like(index).bool())
 
     def mean_score(self) -> Tensor:
         """``(N,)`` mean of all scores of each sample, NaN where there is none."""

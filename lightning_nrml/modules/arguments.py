@@ -89,4 +89,12 @@ def as_loss(value: Loss | Mapping[str, Any]) -> Loss:
             f"The loss {path} of the checkpoint cannot be rebuilt: pass it, as in "
             "load_from_checkpoint(path, loss=...)."
         )
-    return cls(**arguments)
+    return cls(**{name: _with_losses(x) for name, x in arguments.items()})
+
+
+def _with_losses(value: Any) -> Any:
+    """A list of losses, as those that combine others take, is rebuilt one by one."""
+    described = (
+        isinstance(value, list) and value and all(isinstance(x, Mapping) and "class_path" in x for x in value)
+    )
+    return [as_loss(x) for x in value] if described else value

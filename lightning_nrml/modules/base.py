@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -85,6 +86,10 @@ class EmbeddingModule(LightningModule):
         """``(B, C, H, W) -> (B, embedding_dim)`` float32 rows of unit length, for retrieval and audits."""
         return F.normalize(self.backbone(x).float(), dim=1)
 
+    def encoder(self) -> nn.Module:
+        """Image to embedding (not normalised) as one net that shares the weights, for a teacher to copy."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone))
+
     def remember(self, ctx: FilterContext, selection: Selection) -> None:
         """Write the gathered global batch into the method's own memories, after the backward pass."""
 
@@ -129,9 +134,10 @@ class EmbeddingModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """step -> filters -> weighted loss -> log. Also returns what callbacks read."""
-        out = self.step(self._formatted(batch))
-        selection = self._select(out)
-        loss, parts = _loss(out, None if selection is None else selection.weight)
+        batch = self._formatted(batch)
+        out = self.step(batch)
+        selection = self._select(out, batch)
+        loss, parts = _loss(out, selection)
         self._log_losses({"loss": loss, **parts}, out)
         return {
             "loss": loss,
@@ -157,7 +163,7 @@ class EmbeddingModule(LightningModule):
         for name, value in zip(parts, values, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=out.label.shape[0])
 
-    def _select(self, out: StepOutput) -> Selection | None:
+    def _select(self, out: StepOutput, batch: Batch) -> Selection | None:
         """This rank's decision, or None when no filter is on (bit-equal to the plain loss)."""
         filtering = any(self.filters.named_filters())
         if not filtering and not self.has_memory:
@@ -168,8 +174,10 @@ class EmbeddingModule(LightningModule):
             index=out.index,
             logits=None if out.logits is None else out.logits.detach(),
             per_sample_loss=None if out.per_sample_loss is None else out.per_sample_loss.detach(),
+            proxies=out.proxies,
             epoch=self.current_epoch,
             step=self.global_step,
+            **self.filters.from_sources(batch),
         )
         selection = self.filters.select(ctx) if filtering else Selection.keep_all(ctx.label)
         self._pending = (ctx, selection)
@@ -243,10 +251,22 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-def _loss(out: StepOutput, weight: Tensor | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+def _loss(out: StepOutput, selection: Selection | None) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The scalar loss and its named parts."""
-    if out.loss_fn is not None:
-        result = out.loss_fn(weight)
+    weight = None if selection is None else selection.weight
+    pair_weight = None if selection is None else selection.pair_weight
+    if pair_weight is not None and out.pair_loss_fn is None:
+        raise TypeError(
+            "A noise filter selects pairs, but the loss of this module takes no pair weights: use "
+            "ContrastiveLoss, or return a pair_loss_fn in StepOutput."
+        )
+    if out.loss_fn is not None or pair_weight is not None:
+        if pair_weight is not None:
+            assert out.pair_loss_fn is not None
+            result = out.pair_loss_fn(weight, pair_weight)
+        else:
+            assert out.loss_fn is not None
+            result = out.loss_fn(weight)
         if isinstance(result, Tensor):
             return result, {}
         parts = dict(result)

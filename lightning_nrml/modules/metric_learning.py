@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,13 +100,17 @@ class MetricLearning(EmbeddingModule):
         """``(B, C, H, W) -> (B, embedding_dim)`` unit rows."""
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
 
+    def encoder(self) -> nn.Module:
+        """Backbone and head."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
+
     def step(self, batch: Batch) -> StepOutput:
         """Embed the batch; the loss is evaluated after the filters have spoken."""
         z, label = self.head(self.backbone(batch["image"])), batch["label"]
         logits = self.loss.logits(z)
 
-        def loss_fn(weight: Tensor | None) -> dict[str, Tensor]:
-            batch_loss = self.loss(z, label, weight)
+        def loss_fn(weight: Tensor | None, *pairs: Tensor) -> dict[str, Tensor]:
+            batch_loss = self.loss(z, label, weight, *pairs)
             if self.memory is None or self.global_step < self.memory_start:
                 return {"loss": batch_loss}
             kept_rows, kept_label = self.memory.get()
@@ -113,7 +118,16 @@ class MetricLearning(EmbeddingModule):
             total = batch_loss + self.memory_weight * memory_loss
             return {"loss": total, "batch_loss": batch_loss, "memory_loss": memory_loss}
 
-        return StepOutput(z, label, batch["index"], logits=logits, loss_fn=loss_fn)
+        return StepOutput(
+            z,
+            label,
+            batch["index"],
+            logits=logits,
+            loss_fn=loss_fn,
+            per_sample_loss=self.loss.per_sample(z, label) if self.filters.wants("per_sample_loss") else None,
+            proxies=self.loss.proxies(),
+            pair_loss_fn=loss_fn if self.loss.takes_pairs else None,
+        )
 
     def remember(self, ctx: FilterContext, selection: Selection) -> None:
         """Enqueue the kept rows of the gathered batch."""

@@ -27,8 +27,8 @@ class SelfSupervised(EmbeddingModule):
 
     _keep: Tensor | None = None
 
-    def _select(self, out: StepOutput) -> Selection | None:
-        selection = super()._select(out)
+    def _select(self, out: StepOutput, batch: Batch) -> Selection | None:
+        selection = super()._select(out, batch)
         self._keep = None if selection is None else selection.keep
         return selection
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
@@ -700,7 +701,7 @@ def test_scores_are_products_in_full_precision(monkeypatch):
         ({"memory_size": 2**30}, "memory_size must be at most"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"shared_kappa": True}, "shared_kappa=True needs similarity='vmf'"),
-        ({"similarity": "cos"}, "similarity must be 'avg' or 'vmf', got 'cos'"),
+        ({"similarity": "cos"}, "similarity must be 'avg', 'vmf' or 'proxy', got 'cos'"),
     ],
 )
 def test_arguments_outside_their_range(kwargs, message):
@@ -735,3 +736,52 @@ def test_on_a_gpu_as_on_the_cpu_and_without_waiting(similarity):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(got.weight.cpu(), want.weight)
+
+
+# ---- ProxySim ------------------------------------------------------------------------------------------
+
+
+def proxy_context(embedding, label, proxies):
+    return replace(context(embedding, label), proxies=proxies)
+
+
+def test_proxy_similarity_is_the_average_one_with_unit_proxies_as_centres():
+    x, label, _ = clusters(5, 128, 8, seed=21, rate=0.4)
+    proxies = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 7
+    part = PRISM(5, 8, 0.4, window=3, similarity="proxy")
+    other = PRISM(5, 8, 0.4, window=3)
+    assert part.requires == ("proxies",)
+    assert other.requires == ()
+    for rows in torch.arange(128).split(32):
+        other.centers.copy_(normalize(proxies, dim=1))
+        other.filled.fill_(True)
+        want = other.select(context(x[rows], label[rows]))
+        ctx = proxy_context(x[rows], label[rows], proxies)
+        got = part.select(ctx)
+        part.update(ctx, got)
+        assert torch.equal(got.weight, want.weight)
+        assert torch.equal(got.score, want.score)
+        assert torch.equal(got.threshold, want.threshold)
+        assert torch.equal(got.stats["suggested"], want.stats["suggested"])
+    assert part.count == 0  # no memory
+    assert part.steps == 4
+    # whole-set scores: the proxies of the last step
+    assert torch.equal(part.score(context(x, label)), part.score(proxy_context(x, label, proxies)))
+
+
+def test_two_orthogonal_proxies():
+    part = PRISM(2, 3, similarity="proxy")
+    score = part.score(proxy_context(torch.eye(3)[[0, 0]], [0, 1], 5 * torch.eye(3)[:2]))
+    assert score.exp().tolist() == pytest.approx([0.731059, 0.268941], abs=1e-6)
+    assert part.memory.shape == (1, 3)
+
+
+def test_before_any_proxy_was_seen_there_is_no_opinion_and_a_broken_one_is_no_class():
+    part = PRISM(2, 3, similarity="proxy")
+    assert part.score(context(torch.eye(3), [0, 1, 0])).isnan().all()
+    broken = torch.eye(3)[:2].clone()
+    broken[1] = torch.nan
+    selection = part.select(proxy_context(torch.eye(3), [0, 1, 0], broken))
+    assert selection.stats["unknown"].tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"needs proxies \(2, 3\), one per class, got \(4, 3\)"):
+        part.select(proxy_context(torch.eye(3), [0, 1, 0], torch.ones(4, 3)))

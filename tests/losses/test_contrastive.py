@@ -164,3 +164,45 @@ def test_errors_say_what_is_wrong():
         CrossBatchContrastiveLoss()(z, label, torch.ones(3, 5), label[:3])
     with pytest.raises(ValueError, match=r"'memory_label' must have shape \(3,\)"):
         CrossBatchContrastiveLoss()(z, label, torch.ones(3, 4), label)
+
+
+# ---- pairs and samples ----------------------------------------------------------------------------------
+
+
+def test_pair_weights_multiply_the_terms():
+    z, label = batch(10, seed=4, dtype=torch.float64)
+    z.requires_grad_()
+    w, generator = torch.linspace(0, 1, 10).double(), torch.Generator().manual_seed(1)
+    pair_weight = torch.rand(10, 10, generator=generator)
+    loss = ContrastiveLoss(0.0)
+    unit = F.normalize(z.detach(), dim=1)
+    total = 0.0
+    for i in range(10):
+        for j in range(10):
+            s = float(unit[i] @ unit[j])
+            term = (1 - s) * (s < 1 - 1e-5) if label[i] == label[j] else s * (s > 0)
+            total += 0.0 if i == j else float(w[i] * w[j] * pair_weight[i, j]) * term
+    value = loss(z, label, w, pair_weight)
+    assert value.item() == pytest.approx(total / float(w.sum()), rel=1e-6)
+    value.backward()
+    assert not z.grad[0].any()  # weight 0
+    nothing = loss(z, label, None, torch.zeros(10, 10))
+    assert nothing.item() == 0
+    assert nothing.grad_fn is not None
+    ones = torch.ones(10, 10)
+    assert torch.equal(loss(z, label, w, ones), loss(z, label, w))
+    with pytest.raises(ValueError, match=r"'pair_weight' must be \(10, 10\)"):
+        loss(z, label, None, torch.ones(10, 9))
+
+
+def test_loss_of_each_sample_adds_up_to_that_of_the_batch():
+    z, label = batch(10, seed=5)
+    loss = ContrastiveLoss(0.0)
+    each = loss.per_sample(z.requires_grad_(), label)
+    assert each.shape == (10,)
+    assert not each.requires_grad
+    torch.testing.assert_close(each.mean(), loss(z, label).detach())
+    broken = torch.cat([z.detach(), torch.full((1, 4), torch.nan)])
+    got = loss.per_sample(broken, torch.cat([label, label[:1]]))
+    torch.testing.assert_close(got[:10], each)
+    assert got[10].isnan()

@@ -50,3 +50,16 @@ def test_senseless_arguments_are_refused():
         CosineSoftmaxLoss(0, 4)
     with pytest.raises(ValueError, match=r"'scale' must be positive, got -1\.0"):
         CosineSoftmaxLoss(3, 4, scale=-1.0)
+
+
+def test_loss_of_each_sample_is_its_cross_entropy():
+    torch.manual_seed(0)
+    loss = CosineSoftmaxLoss(5, 4)
+    z, label = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
+    each = loss.per_sample(z, label)
+    assert not each.requires_grad
+    torch.testing.assert_close(each.mean(), loss(z, label).detach())
+    torch.testing.assert_close(each, -loss.logits(z).detach().log_softmax(1)[range(6), label])
+    z[2] = torch.nan
+    assert loss.per_sample(z, label).isnan().tolist() == [False, False, True, False, False, False]
+    assert loss.proxies() is loss.class_weight

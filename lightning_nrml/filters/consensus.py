@@ -1,0 +1,308 @@
+"""Consensus: a classifier and a memory judge each label, sample by sample, over the whole run."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrml.filters.base import NoiseFilter
+from lightning_nrml.filters.mixture import TwoGroups
+from lightning_nrml.filters.vmf import concentration
+from lightning_nrml.memory.centers import SampleCenters, last_of_each
+from lightning_nrml.precision import exact_products
+from lightning_nrml.state import StateModule
+from lightning_nrml.types import FilterContext, Selection
+
+_CLIP = 3.0  # standardised opinions beyond this say nothing more
+_STATISTICS_DECAY = 0.95
+_MIN_ROWS = 8  # fewer opinions in a batch do not change the statistics
+
+
+class SideClassifier(StateModule):
+    """Softmax regression on detached embeddings, trained by Adam beside the net that makes them.
+
+    Starts at zero, so that it is the same on every rank without a random number.
+
+    Args:
+        num_classes: number of classes ``C``. embedding_dim: embedding size ``D``.
+        lr: learning rate. scale: inverse temperature of the products.
+
+    Attributes:
+        weight: ``(C, D)`` float32. first, second: its moments. steps: 0-d int64.
+    """
+
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    steps: Tensor
+
+    def __init__(self, num_classes: int, embedding_dim: int, lr: float = 3e-3, scale: float = 16.0) -> None:
+        super().__init__()
+        self.lr, self.scale = lr, scale
+        for name in ("weight", "first", "second"):
+            self.register_buffer(name, torch.zeros(num_classes, embedding_dim))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """``(B, C)`` logits of unit rows ``(B, D)``."""
+        return self.scale * (rows @ self.weight.T)
+
+    def learn(self, rows: Tensor, label: Tensor, weight: Tensor) -> None:
+        """One step of Adam on the weighted mean cross-entropy."""
+        error = self(rows).softmax(dim=1)
+        error.scatter_add_(1, label.unsqueeze(1), -torch.ones_like(error[:, :1]))
+        error.mul_((weight / weight.sum().clamp_min(1e-9)).unsqueeze(1))
+        gradient = self.scale * (error.T @ rows)
+        self.steps.add_(1)
+        self.first.lerp_(gradient, 0.1)
+        self.second.lerp_(gradient**2, 0.001)
+        first = self.first / (1 - 0.9**self.steps)
+        second = self.second / (1 - 0.999**self.steps)
+        self.weight.sub_(self.lr * first / (second.sqrt() + 1e-8))
+
+
+class Consensus(NoiseFilter):
+    """Two judges, one record per sample, and a noise rate that is found rather than given. Our own method.
+
+    Each time a sample is seen, two judges give the log-odds of its given label ``y`` against all others:
+
+    * *memory*: densities of one von Mises-Fisher distribution per class, ``kappa m_k . x``, around the
+      directions ``m_k`` of the class's last trusted embeddings, *without the sample's own*. All classes share
+      one concentration, from the mean cosine of two different rows of a class.
+    * *classifier*: the module's logits where it has a classifier or proxies, else a softmax regression on
+      detached embeddings that the filter trains by itself.
+
+    On natural images with few classes the classifier ranks wrong labels better, on many small classes the
+    memory does. Log-odds of the two have nothing like the same scale, so each judge is standardised by the
+    running mean and deviation of its own opinions, and clipped; the opinion on a sample is the mean of the
+    judges that have one. The *evidence* on a sample is the running mean of its opinions: one look at an
+    embedding that is still learning is noisy.
+
+    The evidence of all samples seen so far is split into two groups by a mixture of two normal
+    distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
+    kept if it is at least one half, and the share of the low group estimates the noise rate
+    (``stats["noise_rate"]``).
+
+    Rows without any opinion are kept and flagged in ``stats["unknown"]``. Non-finite rows are dropped,
+    flagged in ``stats["nonfinite"]``, and neither judged nor remembered. During warm-up everything is kept
+    and remembered while evidence gathers.
+
+    Args:
+        num_classes: number of classes ``C``; labels lie in ``0..C-1``.
+        embedding_dim: embedding size ``D``, at least 2.
+        num_samples: training samples ``N``.
+        warmup_steps: number of :meth:`update` calls during which everything is kept.
+        smoothing: weight in [0, 1) of earlier opinions in the evidence; 0 = only the last one counts.
+
+    Attributes:
+        bank: :class:`~lightning_nrml.memory.centers.SampleCenters`, the trusted rows.
+        side: :class:`SideClassifier`. groups: :class:`TwoGroups`.
+        evidence: ``(N,)`` float32, NaN = none. evidence_weight: ``(N,)`` float32 in [0, 1).
+        opinion_mean, opinion_var: ``(2,)`` float32, memory and classifier; NaN = no statistics yet.
+        steps: 0-d int64, updates so far.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    granularities: ClassVar[tuple[str, ...]] = ("batch", "epoch")
+    max_rbar: ClassVar[float] = 0.98
+
+    evidence: Tensor
+    evidence_weight: Tensor
+    opinion_mean: Tensor
+    opinion_var: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        num_samples: int,
+        warmup_steps: int = 150,
+        smoothing: float = 0.6,
+        classifier: Literal["side", "logits"] = "side",
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 2:
+            raise ValueError(f"embedding_dim must be at least 2, got {embedding_dim}.")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}.")
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.num_samples = num_samples
+        self.warmup_steps = warmup_steps
+        self.smoothing = smoothing
+        if classifier not in ("side", "logits"):
+            raise ValueError(f"classifier must be 'side' or 'logits', got {classifier!r}.")
+        self.classifier = classifier
+        if classifier == "logits":
+            self.requires = ("logits",)
+        self.bank = SampleCenters(num_classes, embedding_dim, num_samples)
+        self.side = SideClassifier(num_classes, embedding_dim)
+        self.groups = TwoGroups(_CLIP)
+        self.register_buffer("evidence", torch.full((num_samples,), torch.nan))
+        self.register_buffer("evidence_weight", torch.zeros(num_samples))
+        self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
+        self.register_buffer("opinion_var", torch.full((2,), torch.nan))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
+
+    # -- judges -------------------------------------------------------------------------------------
+
+    def _memory_scores(self, rows: Tensor, index: Tensor, label: Tensor) -> Tensor:
+        """``(B, C)`` log-densities up to a constant; NaN in the given column without a row but the own."""
+        bank = self.bank
+        length = torch.linalg.vector_norm(bank.centers, dim=1)
+        cosine = rows @ (bank.centers / length.clamp_min(1e-12).unsqueeze(1)).T
+        total, others = bank.without_self(index, label)
+        own = (rows * F.normalize(total, dim=1).float()).sum(dim=1)
+        own = torch.where(others > 0, own, torch.nan)
+        cosine = cosine.masked_fill(~bank.filled, -torch.inf).scatter(1, label.unsqueeze(1), own.unsqueeze(1))
+        count = bank.class_count.double()
+        pairs = count * (count - 1)
+        cohesion = ((count * length.double()) ** 2 - count).sum() / pairs.sum().clamp_min(1)
+        kappa = concentration(cohesion.clamp_min(0).sqrt(), self.embedding_dim, self.max_rbar)
+        return kappa.float() * cosine
+
+    def _classifier_scores(self, ctx: FilterContext, rows: Tensor) -> Tensor:
+        if self.classifier == "side":
+            return self.side(rows)
+        assert ctx.logits is not None
+        if ctx.logits.shape != (len(rows), self.num_classes):
+            raise ValueError(
+                f"Consensus needs logits ({len(rows)}, {self.num_classes}), got {tuple(ctx.logits.shape)}: "
+                "give the loss as many classes as the training set has."
+            )
+        return ctx.logits.float()
+
+    def _judge(self, ctx: FilterContext) -> dict[str, Tensor]:
+        """Both opinions on a batch, what they do to the statistics, and the evidence with them."""
+        rows, finite, _ = self.bank.unit_rows(ctx.embedding, ctx.label)
+        rows = torch.where(finite.unsqueeze(1), rows, 0.0)
+        with exact_products(rows.device.type):
+            tables = [self._memory_scores(rows, ctx.index, ctx.label), self._classifier_scores(ctx, rows)]
+        odds = torch.stack([_log_odds(t, ctx.label) for t in tables])
+        odds = torch.where(finite & odds.isfinite(), odds, torch.nan)
+        mean, var = self._statistics(odds)
+        opinion = (odds - mean.unsqueeze(1)) / var.clamp_min(1e-12).sqrt().unsqueeze(1)
+        opinion = opinion.clamp(-_CLIP, _CLIP).nanmean(dim=0)
+        weight = self.evidence_weight[ctx.index]
+        before = self.evidence[ctx.index].nan_to_num(0.0) * weight
+        told = ~opinion.isnan()
+        new_weight = torch.where(told, self.smoothing * weight + (1 - self.smoothing), weight)
+        evidence = (self.smoothing * before + (1 - self.smoothing) * opinion) / new_weight
+        best = torch.stack([_standardised(t) for t in tables]).nan_to_num(-torch.inf).mean(dim=0)
+        return {
+            "rows": rows,
+            "finite": finite,
+            "mean": mean,
+            "var": var,
+            "evidence": torch.where(told, evidence, self.evidence[ctx.index]),
+            "weight": new_weight,
+            "suggested": best.argmax(dim=1).masked_fill(~(finite & self.bank.filled.any()), -1),
+        }
+
+    def _statistics(self, odds: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance ``(2,)`` of each judge's log-odds ``(2, B)``, this batch included."""
+        there = ~odds.isnan()
+        count = there.sum(dim=1)
+        mean = odds.nan_to_num(0.0).sum(dim=1) / count.clamp_min(1)
+        var = torch.where(there, (odds - mean.unsqueeze(1)) ** 2, 0.0).sum(dim=1) / (count - 1).clamp_min(1)
+        enough = count >= _MIN_ROWS
+        fresh = self.opinion_mean.isnan()
+        decay = torch.where(fresh, 0.0, _STATISTICS_DECAY)
+        old_mean, old_var = self.opinion_mean.nan_to_num(0.0), self.opinion_var.nan_to_num(0.0)
+        new_mean = torch.where(enough, decay * old_mean + (1 - decay) * mean, self.opinion_mean)
+        new_var = torch.where(enough, decay * old_var + (1 - decay) * var, self.opinion_var)
+        return new_mean, new_var
+
+    # -- contract -----------------------------------------------------------------------------------
+
+    def _log_clean(self, evidence: Tensor) -> Tensor:
+        return F.logsigmoid(self.groups.log_odds(evidence)).float()
+
+    @torch.no_grad()
+    def score(self, ctx: FilterContext) -> Tensor:
+        """``(B,)`` float32 ``log P_clean`` by the evidence on record; NaN where there is none."""
+        return self._log_clean(self.evidence[ctx.index])
+
+    @torch.no_grad()
+    def suggest(self, ctx: FilterContext) -> Tensor:
+        """``(B,)`` label that the judges together find most likely; -1 if there is none."""
+        return self._judge(ctx)["suggested"]
+
+    @torch.no_grad()
+    def select(self, ctx: FilterContext) -> Selection:
+        """Decide on one global batch.
+
+        Returns:
+            Weights 0/1, ``log P_clean`` ``(B,)``, and the threshold log 1/2 (NaN during warm-up). ``stats``:
+            ``unknown`` and ``nonfinite`` ``(B,)`` bool, ``suggested`` ``(B,)`` int64, ``noise_rate`` 0-d.
+        """
+        judged = self._judge(ctx)
+        self._last = (ctx, judged)
+        score, finite = self._log_clean(judged["evidence"]), judged["finite"]
+        score = score.masked_fill(~finite, torch.nan)
+        threshold = score.new_tensor(0.5).log()
+        threshold = torch.where(self.steps < self.warmup_steps, torch.nan, threshold)
+        stats = {
+            "unknown": finite & score.isnan(),
+            "nonfinite": ~finite,
+            "suggested": judged["suggested"],
+            "noise_rate": self.groups.low_share().float(),
+        }
+        return Selection((finite & ~(score < threshold)).float(), score, threshold, stats)
+
+    @torch.no_grad()
+    def select_scores(self, score: Tensor) -> Selection:
+        """Keep what is at least as likely clean as not; NaN is kept."""
+        threshold = score.new_tensor(0.5).log()
+        return Selection(
+            (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.low_share()}
+        )
+
+    @torch.no_grad()
+    def update(self, ctx: FilterContext, selection: Selection) -> None:
+        """Record the evidence, remember the kept rows, train the side classifier, fit the groups."""
+        last, self._last = self._last, None
+        judged = last[1] if last is not None and last[0] is ctx else self._judge(ctx)
+        self.opinion_mean.copy_(judged["mean"])
+        self.opinion_var.copy_(judged["var"])
+        final, once = last_of_each(ctx.index)
+        evidence, weight = judged["evidence"][final], judged["weight"][final]
+        self.groups.replace(self.evidence[ctx.index], evidence, once)
+        self.evidence.index_copy_(0, ctx.index, evidence)
+        self.evidence_weight.index_copy_(0, ctx.index, weight)
+        self.groups.fit(restart=self.steps < self.warmup_steps)
+        rows, keep = judged["rows"], selection.keep.to(ctx.label.device) & judged["finite"]
+        self.bank.remember(ctx.index, rows, ctx.label, keep)
+        if self.classifier == "side":
+            with exact_products(rows.device.type):
+                self.side.learn(rows, ctx.label, keep.float())
+        self.steps.add_(1)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"warmup_steps={self.warmup_steps}, smoothing={self.smoothing}"
+
+
+def _log_odds(scores: Tensor, label: Tensor) -> Tensor:
+    """``(B,)`` log-odds of the given column of log-scores ``(B, C)`` against all others."""
+    column = label.unsqueeze(1)
+    given = scores.gather(1, column).squeeze(1)
+    return given - scores.scatter(1, column, -torch.inf).logsumexp(dim=1)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Rows of ``(B, C)`` with mean 0 and deviation 1 over their finite entries; others stay as they are."""
+    there = scores.isfinite()
+    count = there.sum(dim=1, keepdim=True).clamp_min(1)
+    centred = scores - torch.where(there, scores, 0.0).sum(dim=1, keepdim=True) / count
+    spread = torch.where(there, centred**2, 0.0).sum(dim=1, keepdim=True) / count
+    return centred / spread.clamp_min(1e-12).sqrt()

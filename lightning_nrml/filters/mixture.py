@@ -1,0 +1,102 @@
+"""Two groups in a running histogram: which values are low, and how many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_nrml.state import StateModule
+
+_MIN_SHARE, _MAX_SHARE = 0.01, 0.75
+_MIN_DEVIATION = 0.05
+_MIN_DISTANCE = 0.25  # of the means, in deviations
+_MAX_WITHIN = 0.5  # share of the variance that the groups may leave unexplained
+
+
+class TwoGroups(StateModule):
+    """Mixture of two normal distributions of equal width, fitted to one value per sample.
+
+    The values are kept as a histogram, which changes by as many counts as samples are judged anew, so a step
+    costs the same for every size of the training set. Equal widths make the probability of the high group
+    rise with the value everywhere. Means closer than a quarter of the deviation are no two groups: all values
+    are then taken for high. The groups are made to explain half of the variance at least: while the evidence
+    is weak, a free fit runs into a single wide group, nothing is dropped, and the evidence stays weak. The
+    fit is expectation maximisation, a few rounds per step.
+
+    Args:
+        limit: values are clipped to ``[-limit, limit]``.
+        bins: histogram bins.
+
+    Attributes:
+        counts: ``(bins,)`` int64. mean: ``(2,)`` float64, low and high group. deviation: 0-d float64.
+        share: 0-d float64, share of the low group (the noise rate, if low means noisy).
+    """
+
+    counts: Tensor
+    mean: Tensor
+    deviation: Tensor
+    share: Tensor
+    middle: Tensor
+
+    def __init__(self, limit: float = 3.0, bins: int = 256) -> None:
+        super().__init__()
+        self.limit, self.bins = limit, bins
+        width = 2 * limit / bins
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.int64))
+        self.register_buffer("mean", torch.tensor([-0.7, 0.7], dtype=torch.float64))
+        self.register_buffer("deviation", torch.tensor(0.7, dtype=torch.float64))
+        self.register_buffer("share", torch.tensor(0.5, dtype=torch.float64))
+        middle = torch.arange(bins, dtype=torch.float64) * width - limit + width / 2
+        self.register_buffer("middle", middle, persistent=False)
+
+    def replace(self, old: Tensor, new: Tensor, count: Tensor) -> None:
+        """Move the counted ones ``(B,)`` bool of the values from ``old`` to ``new`` (NaN = not there)."""
+        for value, sign in ((old, -1), (new, 1)):
+            there = count & ~value.isnan()
+            place = (value.nan_to_num(0.0) + self.limit) * (self.bins / (2 * self.limit))
+            place = place.long().clamp_(0, self.bins - 1)
+            self.counts.index_add_(0, place, there.long() * sign)
+
+    def fit(self, restart: Tensor, rounds: int = 2) -> None:
+        """A few rounds of expectation maximisation, from where the last ones ended.
+
+        Args:
+            restart: 0-d bool, start one deviation to either side of the overall mean instead: a fit that
+                followed the first few values may have lost one group for good.
+            rounds: of the algorithm.
+        """
+        weight = self.counts.double()
+        total = weight.sum().clamp_min(1)
+        center = weight @ self.middle / total
+        spread = (weight @ (self.middle - center) ** 2 / total).sqrt().clamp_min(_MIN_DEVIATION)
+        widest = spread * _MAX_WITHIN**0.5
+        self.mean.copy_(torch.where(restart, torch.stack([center - spread, center + spread]), self.mean))
+        self.deviation.copy_(torch.where(restart, spread, self.deviation))
+        self.share.masked_fill_(restart, 0.5)
+        for _ in range(rounds):
+            high = self._odds(self.middle).sigmoid()
+            mass = torch.stack([weight * (1 - high), weight * high])
+            size = mass.sum(dim=1)
+            mean = torch.where(size > 0, (mass @ self.middle) / size.clamp_min(1e-9), self.mean)
+            within = (mass * (self.middle - mean.unsqueeze(1)) ** 2).sum() / total
+            self.mean.copy_(mean)
+            self.deviation.copy_(torch.minimum(within.sqrt(), widest).clamp_min(_MIN_DEVIATION))
+            self.share.copy_((size[0] / total).clamp(_MIN_SHARE, _MAX_SHARE))
+
+    def _odds(self, value: Tensor) -> Tensor:
+        low, high = self.mean.unbind()
+        slope = (high - low) / self.deviation**2
+        prior = torch.log1p(-self.share) - self.share.log()
+        return slope * (value.double().clamp(-self.limit, self.limit) - (low + high) / 2) + prior
+
+    def _two(self) -> Tensor:
+        return self.mean[1] - self.mean[0] >= _MIN_DISTANCE * self.deviation
+
+    def log_odds(self, value: Tensor) -> Tensor:
+        """``log(P(high) / P(low))`` of values of any shape, in float64; NaN stays NaN."""
+        single = torch.full_like(value, 1 / _MIN_SHARE - 1, dtype=torch.float64).log()
+        return torch.where(self._two() | value.isnan(), self._odds(value), single)
+
+    def low_share(self) -> Tensor:
+        """Share of the low group, 0-d float64; 0 if there are no two groups."""
+        return torch.where(self._two(), self.share, 0.0)

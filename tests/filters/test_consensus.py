@@ -1,0 +1,303 @@
+"""Consensus against slow loops and closed forms, and on data with known wrong labels."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_nrml.filters import Consensus
+from lightning_nrml.filters.consensus import SideClassifier
+from lightning_nrml.filters.mixture import TwoGroups
+from lightning_nrml.memory.centers import SampleCenters
+from lightning_nrml.types import FilterContext, Selection
+
+C, D, N = 5, 16, 60
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def clusters(rate, n=600, classes=10, dim=16, spread=0.25, seed=0):
+    """Embeddings around class directions, given and clean labels; ``draw(i)`` gives fresh embeddings."""
+    g = torch.Generator().manual_seed(seed)
+    direction = F.normalize(torch.randn(classes, dim, generator=g), dim=1)
+    clean = torch.arange(n) % classes
+    shift = torch.randint(1, classes, (n,), generator=g)
+    given = torch.where(torch.rand(n, generator=g) < rate, (clean + shift) % classes, clean)
+
+    def draw(i):
+        return F.normalize(direction[clean[i]] + spread * torch.randn(len(i), dim, generator=g), dim=1)
+
+    return draw, given, clean, g
+
+
+def run(part, rate, steps=200, batch=64, **kwargs):
+    draw, given, clean, g = clusters(rate, n=part.num_samples, **kwargs)
+    kept, right, truth = 0, 0, 0
+    for t in range(steps):
+        i = torch.randint(0, part.num_samples, (batch,), generator=g)
+        ctx = FilterContext(draw(i), given[i], i, step=t)
+        selection = part.select(ctx)
+        part.update(ctx, selection)
+        if t >= steps // 2:
+            ok = given[i] == clean[i]
+            kept += int(selection.keep.sum())
+            right += int((selection.keep & ok).sum())
+            truth += int(ok.sum())
+    return right / kept, right / truth, float(selection.stats["noise_rate"]), given, clean
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_finds_wrong_labels_and_their_share_without_being_told(rate):
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    precision, recall, found, given, clean = run(part, rate)
+    assert precision > 0.97
+    assert recall > 0.95
+    assert found == pytest.approx(float((given != clean).float().mean()), abs=0.05)
+    suggested = part.suggest(FilterContext(part.bank.memory[:200], given[:200], torch.arange(200)))
+    there = part.bank.memory_label[:200] >= 0
+    assert (suggested == clean[:200])[there].float().mean() > 0.95
+
+
+def test_memory_scores_equal_a_slow_loop():
+    part = Consensus(C, D, N, warmup_steps=0)
+    index, label = torch.arange(40), torch.arange(40) % C
+    z = F.normalize(unit(C, D, seed=2)[label] + 0.5 * unit(40, D), dim=1)
+    part.bank.remember(index, z, label, torch.arange(40) % 3 > 0)
+    rows, i, y = (
+        unit(7, D, seed=1),
+        torch.tensor([0, 1, 2, 3, 50, 51, 52]),
+        torch.tensor([0, 1, 2, 3, 4, 0, 1]),
+    )
+    memory, owner = part.bank.memory.double(), part.bank.memory_label
+    top, pairs = 0.0, 0
+    for c in range(C):
+        z = memory[owner == c]
+        top += float((z @ z.T).sum() - len(z))
+        pairs += len(z) * (len(z) - 1)
+    r2 = max(top, 0) / pairs
+    kappa = math.sqrt(r2) * (D - r2) / (1 - r2)
+    for k in range(7):
+        for c in range(C):
+            mine = (owner == c) & ((torch.arange(N) != i[k]) | (c != int(y[k])))
+            expected = kappa * float(F.normalize(memory[mine].sum(dim=0), dim=0) @ rows[k].double())
+            found = part._memory_scores(rows, i, y)[k, c]
+            assert float(found) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_sample_does_not_vote_for_itself():
+    part = Consensus(2, D, N, warmup_steps=0)
+    z = unit(2, D)
+    part.bank.remember(torch.tensor([0, 1]), z, torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool))
+    scores = part._memory_scores(z[:1], torch.tensor([0]), torch.tensor([0]))
+    assert scores[0, 0].isnan()  # nobody else in the class
+    assert part._memory_scores(z[:1], torch.tensor([7]), torch.tensor([0])).isfinite().all()
+
+
+def test_sample_centers_stay_exact_with_repeats_and_departures():
+    bank = SampleCenters(C, D, N)
+    g = torch.Generator().manual_seed(0)
+    for t in range(30):
+        i = torch.randint(0, 12, (20,), generator=g)  # repeats in every batch
+        y, keep = torch.randint(0, C, (20,), generator=g), torch.rand(20, generator=g) < 0.7
+        z = unit(20, D, seed=t)
+        bank.remember(i, z, y, keep)
+        for sample in i.unique():
+            last = int((i == sample).nonzero().max())
+            assert int(bank.memory_label[sample]) == (int(y[last]) if keep[last] else -1)
+            if keep[last]:
+                torch.testing.assert_close(bank.memory[sample], z[last])
+    again = copy.deepcopy(bank)
+    again.rebuild()
+    for name, value in bank.named_buffers():
+        assert torch.equal(value, again.get_buffer(name)), name
+
+
+def test_evidence_is_a_running_mean_without_start_bias():
+    part = Consensus(10, 16, 600, warmup_steps=0, smoothing=0.7)
+    draw, given, _, _ = clusters(0.3)
+    i, opinions = torch.arange(64), []
+    for _ in range(5):
+        ctx = FilterContext(draw(i), given[:64], i)
+        before, weight = part.evidence[:64].clone(), part.evidence_weight[:64].clone()
+        part.update(ctx, Selection.keep_all(ctx.label))
+        after, new = part.evidence[:64], part.evidence_weight[:64]
+        opinions.append((after * new - 0.7 * before.nan_to_num(0.0) * weight) / 0.3)
+    expected = sum(0.3 * 0.7 ** (4 - k) * x for k, x in enumerate(opinions)) / (1 - 0.7**5)
+    torch.testing.assert_close(part.evidence[:64], expected, atol=1e-4, rtol=1e-4)
+    assert all((x.abs() <= 3 + 1e-4).all() for x in opinions)
+
+
+def test_decisions_do_not_depend_on_the_order_of_the_batch():
+    first, second = (Consensus(10, 16, 600, warmup_steps=3) for _ in range(2))
+    draw, given, _, g = clusters(0.4)
+    for _ in range(20):
+        i = torch.randperm(600, generator=g)[:64]
+        z, order = draw(i), torch.randperm(64, generator=g)
+        one = first.select(FilterContext(z, given[i], i))
+        two = second.select(FilterContext(z[order], given[i][order], i[order]))
+        assert torch.equal(one.weight[order], two.weight)
+        torch.testing.assert_close(one.score[order], two.score, atol=1e-3, rtol=1e-3, equal_nan=True)
+        first.update(FilterContext(z, given[i], i), one)
+        second.update(FilterContext(z[order], given[i][order], i[order]), two)
+
+
+def test_warm_up_keeps_everything():
+    part = Consensus(10, 16, 600, warmup_steps=5)
+    draw, given, _, g = clusters(0.5)
+    for t in range(8):
+        i = torch.randint(0, 600, (256,), generator=g)
+        selection = part.select(FilterContext(draw(i), given[i], i))
+        assert bool(selection.keep.all()) == (t < 5)
+        assert bool(selection.threshold.isnan()) == (t < 5)
+        part.update(FilterContext(draw(i), given[i], i), selection)
+
+
+def test_broken_rows_are_dropped_and_leave_no_trace():
+    part = Consensus(10, 16, 600, warmup_steps=0)
+    draw, given, _, _ = clusters(0.5)
+    i = torch.arange(32)
+    z = draw(i)
+    z[3] = math.nan
+    z[4, 0] = math.inf
+    for _ in range(3):
+        ctx = FilterContext(z, given[i], i)
+        selection = part.select(ctx)
+        assert selection.weight[3:5].tolist() == [0, 0]
+        assert selection.stats["nonfinite"].nonzero().squeeze(1).tolist() == [3, 4]
+        part.update(ctx, selection)
+    assert part.evidence[3:5].isnan().all()
+    assert (part.bank.memory_label[3:5] == -1).all()
+    for name, value in part.named_buffers():
+        if name not in ("evidence", "opinion_mean", "opinion_var"):
+            assert value.isfinite().all() if value.is_floating_point() else True, name
+    assert part.opinion_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_tiny_batches(rows):
+    part = Consensus(3, D, N, warmup_steps=0)
+    for _ in range(4):
+        ctx = FilterContext(unit(rows, D), torch.zeros(rows, dtype=torch.int64), torch.arange(rows))
+        selection = part.select(ctx)
+        part.update(ctx, selection)
+        assert selection.weight.shape == (rows,)
+        assert selection.keep.all()
+
+
+def test_restored_state_goes_on_bit_for_bit():
+    one = Consensus(10, 16, 600, warmup_steps=5)
+    run(one, 0.4, steps=20)
+    two = Consensus(10, 16, 600, warmup_steps=5)
+    two.load_state_dict(one.state_dict())
+    assert run(one, 0.4, steps=10, seed=1)[:3] == run(two, 0.4, steps=10, seed=1)[:3]
+    for name, value in one.state_dict().items():
+        assert torch.equal(value.nan_to_num(9), two.state_dict()[name].nan_to_num(9)), name
+
+
+def test_whole_set_scores_are_the_evidence_on_record():
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    _, _, _, given, clean = run(part, 0.4)
+    everyone = torch.arange(600)
+    score = part.score(FilterContext(part.bank.memory, given, everyone))
+    selection = part.select_scores(score)
+    assert ((given == clean) == selection.keep).float().mean() > 0.97
+    unseen = Consensus(10, 16, 600)
+    assert unseen.select_scores(unseen.score(FilterContext(unit(600, 16), given, everyone))).keep.all()
+
+
+def test_classifier_can_be_the_modules_own():
+    part = Consensus(10, 16, 600, warmup_steps=10, classifier="logits")
+    assert part.requires == ("logits",)
+    draw, given, clean, g = clusters(0.5, spread=3.0)  # embeddings say next to nothing
+    for _ in range(60):
+        i = torch.randint(0, 600, (64,), generator=g)
+        ctx = FilterContext(draw(i), given[i], i, logits=5 * F.one_hot(clean[i], 10).float())
+        selection = part.select(ctx)
+        part.update(ctx, selection)
+    ok = given[i] == clean[i]
+    assert (selection.keep == ok).float().mean() > 0.9
+    with pytest.raises(ValueError, match=r"needs logits \(64, 10\)"):
+        part.select(FilterContext(draw(i), given[i], i, logits=torch.zeros(64, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"embedding_dim": 1}, "embedding_dim"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"classifier": "mlp"}, "classifier"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Consensus(**{"num_classes": 3, "embedding_dim": 4, "num_samples": 5, **kwargs})
+
+
+def test_a_label_outside_the_classes_is_named():
+    part = Consensus(3, D, N)
+    with pytest.raises(ValueError, match=r"label 7 is outside 0\.\.2"):
+        part.select(FilterContext(unit(2, D), torch.tensor([1, 7]), torch.arange(2)))
+
+
+def test_side_classifier_is_adam_on_the_cross_entropy():
+    part = SideClassifier(C, D)
+    weight = torch.zeros(C, D, requires_grad=True)
+    adam = torch.optim.Adam([weight], lr=3e-3)
+    for t in range(5):
+        z, y = unit(20, D, seed=t), torch.arange(20) % C
+        keep = (torch.arange(20) % 3 > 0).float()
+        part.learn(z, y, keep)
+        loss = F.cross_entropy(16 * z @ weight.T, y, reduction="none")
+        adam.zero_grad()
+        ((loss * keep).sum() / keep.sum()).backward()
+        adam.step()
+        torch.testing.assert_close(part.weight, weight.detach(), atol=1e-5, rtol=1e-3)
+    part.learn(z, y, torch.zeros(20))
+    assert part.weight.isfinite().all()
+
+
+def test_groups_equal_a_tied_gaussian_mixture():
+    mixture = pytest.importorskip("sklearn.mixture")
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([0.4 * torch.randn(3000, generator=g) - 1, 0.4 * torch.randn(7000, generator=g) + 0.6])
+    groups = TwoGroups()
+    nothing = torch.full_like(x, torch.nan)
+    groups.replace(nothing, x, torch.ones_like(x, dtype=torch.bool))
+    groups.fit(torch.tensor(True))
+    groups.fit(torch.tensor(False), rounds=60)
+    peer = mixture.GaussianMixture(2, covariance_type="tied", random_state=0).fit(x[:, None].numpy())
+    low = int(peer.means_[:, 0].argmin())
+    assert float(groups.low_share()) == pytest.approx(float(peer.weights_[low]), abs=0.01)
+    assert groups.mean.tolist() == pytest.approx(sorted(peer.means_[:, 0]), abs=0.02)
+    p = peer.predict_proba(x[:, None].numpy())[:, 1 - low]
+    torch.testing.assert_close(groups.log_odds(x).sigmoid(), torch.from_numpy(p).double(), atol=0.03, rtol=0)
+
+
+def test_groups_follow_values_that_move():
+    groups, x = TwoGroups(), torch.linspace(-2, 2, 50)
+    yes = torch.ones(50, dtype=torch.bool)
+    groups.replace(torch.full_like(x, torch.nan), x, yes)
+    groups.replace(x, x + 0.5, torch.arange(50) < 10)
+    assert int(groups.counts.sum()) == 50
+    other = TwoGroups()
+    other.replace(torch.full_like(x, torch.nan), torch.where(torch.arange(50) < 10, x + 0.5, x), yes)
+    assert torch.equal(groups.counts, other.counts)
+
+
+def test_one_group_is_all_clean():
+    groups = TwoGroups()
+    x = torch.zeros(100)
+    groups.replace(torch.full_like(x, torch.nan), x, torch.ones(100, dtype=torch.bool))
+    for _ in range(50):
+        groups.fit(torch.tensor(False))
+    groups.mean.fill_(0.0)
+    assert float(groups.low_share()) == 0
+    assert (groups.log_odds(x) > 0).all()
+    assert groups.log_odds(torch.tensor([torch.nan])).isnan().all()
