@@ -174,31 +174,19 @@ class KNNVote(NoiseFilterCallback):
 
 
 class Consensus(NoiseFilterCallback):
-    """A classifier and a memory judge each label, sample by sample, over the whole run; our own method.
+    """Memory and classifiers judge each label, sample by sample, over the whole run; our own method.
 
     Needs no noise rate, and estimates one. See :class:`lightning_nrml.filters.Consensus`.
 
     Args:
         warmup_steps: steps in which everything is kept while evidence gathers.
         smoothing: weight in [0, 1) of earlier opinions on a sample.
-        classifier: ``side`` trains a softmax regression on detached embeddings; ``logits`` takes the
-            module's own classifier.
         kwargs: schedule, see :class:`NoiseFilterCallback`.
     """
 
-    def __init__(
-        self,
-        warmup_steps: int = 150,
-        smoothing: float = 0.6,
-        classifier: Literal["side", "logits"] = "side",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, warmup_steps: int = 150, smoothing: float = 0.7, **kwargs: Any) -> None:
         super().__init__(filter=None, **kwargs)
-        self.options: dict[str, Any] = {
-            "warmup_steps": warmup_steps,
-            "smoothing": smoothing,
-            "classifier": classifier,
-        }
+        self.options: dict[str, Any] = {"warmup_steps": warmup_steps, "smoothing": smoothing}
 
     def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
         """Size the filter for this run."""

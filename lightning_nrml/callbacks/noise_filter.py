@@ -181,7 +181,7 @@ class NoiseFilterCallback(Callback):
                     "leave it at 0."
                 )
             if self._full_rate is None:
-                self._full_rate = float(part.noise_rate)
+                self._full_rate = float(part.noise_rate)  # type: ignore[arg-type]
         if self.correct_labels and type(part).suggest is NoiseFilter.suggest:
             raise ValueError(
                 f"correct_labels needs a filter that suggests labels; {type(part).__name__} does not."

@@ -96,7 +96,7 @@ class SelfSupervised(EmbeddingModule):
         if "views" not in batch:
             return batch
         layout = torch.channels_last if self.channels_last else torch.preserve_format
-        views = [view.to(dtype=self.dtype, memory_format=layout) for view in batch["views"]]
+        views = [view.to(dtype=self.dtype, memory_format=layout) for view in batch["views"]]  # type: ignore[arg-type]
         return Batch(**{**batch, "views": views})  # type: ignore[typeddict-item]
 
 
