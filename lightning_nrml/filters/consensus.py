@@ -65,21 +65,21 @@ class SideClassifier(StateModule):
 
 
 class Consensus(NoiseFilter):
-    """Several judges, one record per sample, and a noise rate that is found, not given. Our own method.
+    """Two judges, one record per sample, and a noise rate that is found, not given. Our own method.
 
-    Each time a sample is seen, the judges give the log-odds of its given label ``y`` against all others:
+    Each time a sample is seen, two judges give the log-odds of its given label ``y`` against all others:
 
     * *memory*: densities of one von Mises-Fisher distribution per class, ``kappa m_k . x``, around the
       directions ``m_k`` of the class's last trusted embeddings, *without the sample's own*. All classes share
       one concentration, from the mean cosine of two different rows of a class.
-    * *side classifier*: a softmax regression on detached embeddings, trained by the filter itself.
-    * *classifier*: the module's own logits, if its loss has classes or proxies.
+    * *classifier*: the module's own logits, if its loss has classes or proxies; else a softmax regression on
+      detached embeddings that the filter trains by itself.
 
     On natural images with few classes a classifier ranks wrong labels better, on many small classes the
-    memory does; what a loss with classes learns by heart, the detached judges do not. The log-odds have
-    nothing like the same scale, so each judge is standardised by the running mean and deviation of its own
-    opinions, and clipped; the opinion on a sample is the mean of the judges that have one. The *evidence* on
-    a sample is the running mean of its opinions: one look at an embedding that still learns is noisy.
+    memory does. Their log-odds have nothing like the same scale, so each judge is standardised by the running
+    mean and deviation of its own opinions, and clipped; the opinion on a sample is the mean of the judges
+    that have one. The *evidence* on a sample is the running mean of its opinions: one look at an embedding
+    that still learns is noisy.
 
     The evidence of all samples seen so far is split into two groups by a mixture of two normal
     distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
@@ -101,7 +101,7 @@ class Consensus(NoiseFilter):
         bank: :class:`~lightning_nrml.memory.centers.SampleCenters`, the trusted rows.
         side: :class:`SideClassifier`. groups: :class:`TwoGroups`.
         evidence: ``(N,)`` float32, NaN = none. evidence_weight: ``(N,)`` float32 in [0, 1).
-        opinion_mean, opinion_var: ``(3,)`` float32, of the judges in that order; NaN = no statistics yet.
+        opinion_mean, opinion_var: ``(2,)`` float32, of memory and classifier; NaN = no statistics yet.
         steps: 0-d int64, updates so far.
 
     Raises:
@@ -142,8 +142,8 @@ class Consensus(NoiseFilter):
         self.groups = TwoGroups(_CLIP)
         self.register_buffer("evidence", torch.full((num_samples,), torch.nan))
         self.register_buffer("evidence_weight", torch.zeros(num_samples))
-        self.register_buffer("opinion_mean", torch.full((3,), torch.nan))
-        self.register_buffer("opinion_var", torch.full((3,), torch.nan))
+        self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
+        self.register_buffer("opinion_var", torch.full((2,), torch.nan))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
 
@@ -164,10 +164,10 @@ class Consensus(NoiseFilter):
         kappa = concentration(cohesion.clamp_min(0).sqrt(), self.embedding_dim, self.max_rbar)
         return kappa.float() * cosine
 
-    def _own_scores(self, ctx: FilterContext) -> Tensor:
-        """The module's logits ``(B, C)``; NaN, no opinion, if it has none."""
+    def _classifier_scores(self, ctx: FilterContext, rows: Tensor) -> Tensor:
+        """``(B, C)`` logits."""
         if ctx.logits is None:
-            return self.evidence.new_full((len(ctx), self.num_classes), torch.nan)
+            return self.side(rows)
         if ctx.logits.shape != (len(ctx), self.num_classes):
             raise ValueError(
                 f"Consensus needs logits ({len(ctx)}, {self.num_classes}), got {tuple(ctx.logits.shape)}: "
@@ -176,11 +176,11 @@ class Consensus(NoiseFilter):
         return ctx.logits.float()
 
     def _judge(self, ctx: FilterContext) -> dict[str, Tensor]:
-        """All opinions on a batch, what they do to the statistics, and the evidence with them."""
+        """Both opinions on a batch, what they do to the statistics, and the evidence with them."""
         rows, finite, _ = self.bank.unit_rows(ctx.embedding, ctx.label)
         rows = torch.where(finite.unsqueeze(1), rows, 0.0)
         with exact_products(rows.device.type):
-            tables = [self._memory_scores(rows, ctx.index, ctx.label), self.side(rows), self._own_scores(ctx)]
+            tables = [self._memory_scores(rows, ctx.index, ctx.label), self._classifier_scores(ctx, rows)]
         odds = torch.stack([_log_odds(t, ctx.label) for t in tables])
         odds = torch.where(finite & odds.isfinite(), odds, torch.nan)
         mean, var = self._statistics(odds)
@@ -203,7 +203,7 @@ class Consensus(NoiseFilter):
         }
 
     def _statistics(self, odds: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance ``(3,)`` of each judge's log-odds ``(3, B)``, this batch included."""
+        """Running mean and variance ``(2,)`` of each judge's log-odds ``(2, B)``, this batch included."""
         there = ~odds.isnan()
         count = there.sum(dim=1)
         mean = odds.nan_to_num(0.0).sum(dim=1) / count.clamp_min(1)
@@ -276,8 +276,9 @@ class Consensus(NoiseFilter):
         self.groups.fit(restart=self.steps < self.warmup_steps)
         rows, keep = judged["rows"], selection.keep.to(ctx.label.device) & judged["finite"]
         self.bank.remember(ctx.index, rows, ctx.label, keep)
-        with exact_products(rows.device.type):
-            self.side.learn(rows, ctx.label, keep.float())
+        if ctx.logits is None:
+            with exact_products(rows.device.type):
+                self.side.learn(rows, ctx.label, keep.float())
         self.steps.add_(1)
 
     def extra_repr(self) -> str:
