@@ -2,6 +2,8 @@
 
 from lightning_nrml.memory.bank import FeatureBank
 from lightning_nrml.memory.ledger import SampleLedger
+from lightning_nrml.memory.mining import MiningConfig
+from lightning_nrml.memory.pool import CandidatePool
 from lightning_nrml.memory.queue import FeatureQueue
 
-__all__ = ["FeatureBank", "FeatureQueue", "SampleLedger"]
+__all__ = ["CandidatePool", "FeatureBank", "FeatureQueue", "MiningConfig", "SampleLedger"]
