@@ -166,14 +166,21 @@ class InsCLR(EmbeddingModule):
         super().on_train_start()
         if self.trainer.ckpt_path is None:
             self.build_pool()
+        # a run that resumes at the end of an epoch gets no on_train_epoch_start for the next one
+        self._rebuild_if_due()
         self._tell_data()
 
     def on_train_epoch_start(self) -> None:
         """Rebuild the pool if it is time."""
-        epoch, every = self.current_epoch, self.pool_every_n_epochs
-        if every and epoch and epoch % every == 0 and int(self._pool().epoch) != epoch:
-            self.build_pool()
+        if self._rebuild_if_due():
             self._tell_data()
+
+    def _rebuild_if_due(self) -> bool:
+        epoch, every = self.current_epoch, self.pool_every_n_epochs
+        due = bool(every) and int(self._pool().epoch) < epoch - epoch % every
+        if due:
+            self.build_pool()
+        return due
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """As the base; also names the random rows of the memory, equal on all ranks and after a resume."""
