@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_nrml.filters.chain import select
     from lightning_nrml.modules.base import EmbeddingModule
     from lightning_nrml.modules.byol import BYOL
+    from lightning_nrml.modules.insclr import InsCLR
     from lightning_nrml.modules.linear_probe import LinearProbe
     from lightning_nrml.modules.metric_learning import MetricLearning
     from lightning_nrml.modules.mochi import MoCHi
@@ -31,6 +32,7 @@ _HOME = {
     "Batch": "types",
     "EmbeddingModule": "modules.base",
     "FilterContext": "types",
+    "InsCLR": "modules.insclr",
     "LinearProbe": "modules.linear_probe",
     "MetricLearning": "modules.metric_learning",
     "MoCHi": "modules.mochi",
@@ -52,6 +54,7 @@ __all__ = [
     "Batch",
     "EmbeddingModule",
     "FilterContext",
+    "InsCLR",
     "LinearProbe",
     "MetricLearning",
     "MoCHi",

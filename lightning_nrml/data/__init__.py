@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from lightning_nrml.data.folder import FolderDataModule
     from lightning_nrml.data.noise import NoiseConfig, NoisyLabels
     from lightning_nrml.data.omniglot import OmniglotDataModule
-    from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
+    from lightning_nrml.data.samplers import (
+        MPerClassSampler,
+        NeighbourSampler,
+        ShuffleSampler,
+        UnpaddedSampler,
+    )
     from lightning_nrml.data.splits import Split, Splits
     from lightning_nrml.data.table import TableDataModule
     from lightning_nrml.data.tables import read_label_table, write_label_table
@@ -34,6 +39,7 @@ _HOME = {
     "IndexedDataset": "dataset",
     "MPerClassSampler": "samplers",
     "NRMLDataModule": "base",
+    "NeighbourSampler": "samplers",
     "NoiseConfig": "noise",
     "NoisyLabels": "noise",
     "OmniglotDataModule": "omniglot",
@@ -58,6 +64,7 @@ __all__ = [
     "IndexedDataset",
     "MPerClassSampler",
     "NRMLDataModule",
+    "NeighbourSampler",
     "NoiseConfig",
     "NoisyLabels",
     "OmniglotDataModule",

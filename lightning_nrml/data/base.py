@@ -19,7 +19,12 @@ from lightning_nrml import distributed
 from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, identity
 from lightning_nrml.data.loader import ResumableLoader
 from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
-from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler
+from lightning_nrml.data.samplers import (
+    MPerClassSampler,
+    NeighbourSampler,
+    ShuffleSampler,
+    UnpaddedSampler,
+)
 from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding, stored_size
 from lightning_nrml.data.splits import Split, Splits, check_splits, put_noise, warn_of_single_samples
 from lightning_nrml.data.views import EvalView, MetricView, ViewKey, Views
@@ -66,9 +71,12 @@ class NRMLDataModule(LightningDataModule):
 
     Attributes:
         train_sampler: the sampler of the last :meth:`train_dataloader`, for mid-epoch resume.
+        train_neighbours: ``(N, K)`` int64 nearest train images of each, -1 = none. Set by a method that
+            trains on anchors with their neighbours (InsCLR), which changes it in place between epochs.
     """
 
-    train_sampler: MPerClassSampler | ShuffleSampler | None = None
+    train_sampler: MPerClassSampler | NeighbourSampler | ShuffleSampler | None = None
+    train_neighbours: Tensor | None = None
 
     def __init__(
         self,
@@ -317,9 +325,16 @@ class NRMLDataModule(LightningDataModule):
     # ---- loaders ---------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled or m-per-class batches of the train split; ``train_keep`` is obeyed every epoch."""
+        """Shuffled or m-per-class batches of the train split, or anchors with their ``train_neighbours``.
+
+        ``train_keep`` is obeyed every epoch.
+        """
         self._fill_cache(self.splits.train)
-        if self.m_per_class is None:
+        if self.train_neighbours is not None:
+            self.train_sampler = NeighbourSampler(
+                self.train_neighbours, self.batch_size, seed=self.seed, keep=self.train_keep
+            )
+        elif self.m_per_class is None:
             self.train_sampler = ShuffleSampler(
                 self.num_train_samples, self.batch_size, seed=self.seed, keep=self.train_keep
             )

@@ -1,6 +1,6 @@
 """Samplers that know about ranks, so that the batches mean the same on one device and on many.
 
-All three subclass :class:`torch.utils.data.distributed.DistributedSampler`: Lightning leaves such
+All subclass :class:`torch.utils.data.distributed.DistributedSampler`: Lightning leaves such
 samplers alone (its own wrapper would reshuffle an m-per-class stream: 8 classes x 4 images became 22
 classes) and calls ``set_epoch`` before every epoch. They use no global random state.
 
@@ -278,6 +278,74 @@ class ShuffleSampler(_EpochSampler):
 
     def _global_batches(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return pool[_deal(len(pool), self.global_batch_size, self.num_batches, rng)]
+
+
+class NeighbourSampler(_EpochSampler):
+    """Batches of anchors, each followed by its K nearest training images, as InsCLR wants them.
+
+    An epoch goes through all kept images as anchors once, in shuffled order; the last incomplete global
+    batch is left out. A neighbour that does not exist (-1) or that ``keep`` drops is replaced by the anchor
+    itself, which its random view makes a positive of itself: an empty table gives K + 1 views of each image.
+
+    Args:
+        neighbours: ``(N, K)`` int64 table, nearest first, -1 = none; read whenever an epoch starts, so it
+            may be changed in place between epochs. Must be equal on all ranks.
+        batch_size: rows per rank; a multiple of K + 1.
+        num_replicas: number of ranks; default: of the running process group.
+        rank: this rank; default: of the running process group.
+        seed: of the shuffling, together with the epoch; equal on all ranks.
+        keep: ``(N,)`` bool, ``False`` = never drawn; obeyed from the next epoch on when changed in place.
+
+    Raises:
+        ValueError: ``batch_size`` is no multiple of K + 1, or there are fewer images than anchors in a batch.
+    """
+
+    def __init__(
+        self,
+        neighbours: Tensor,
+        batch_size: int,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+        keep: Tensor | None = None,
+    ) -> None:
+        if neighbours.ndim != 2 or neighbours.is_floating_point():
+            raise ValueError(
+                f"neighbours must be integers of shape (N, K), got {neighbours.dtype} of shape "
+                f"{tuple(neighbours.shape)}"
+            )
+        super().__init__(len(neighbours), batch_size, num_replicas, rank, seed, keep)
+        self.neighbours = neighbours
+        rows = neighbours.shape[1] + 1
+        if batch_size % rows:
+            raise ValueError(
+                f"batch_size must be a multiple of {rows}, an anchor and its {rows - 1} neighbours, "
+                f"got {batch_size}"
+            )
+        if len(neighbours) < self.anchors:
+            raise ValueError(
+                f"batch_size={batch_size} on {self.num_replicas} process(es) needs {self.anchors} anchors, "
+                f"but there are {len(neighbours)} training samples; lower batch_size"
+            )
+
+    @property
+    def anchors(self) -> int:
+        """Anchors of one batch over all ranks."""
+        return self.global_batch_size // (self.neighbours.shape[1] + 1)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches per epoch under the present ``keep``; the same on every rank."""
+        return max(1, len(self._pool()) // self.anchors)
+
+    def _global_batches(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        anchor = pool[_deal(len(pool), self.anchors, self.num_batches, rng)]
+        near = self.neighbours.cpu().numpy()[anchor]
+        drawable = np.zeros(len(self.neighbours), dtype=bool)
+        drawable[pool] = True
+        near = np.where((near >= 0) & drawable[near], near, anchor[..., None])
+        groups = np.concatenate([anchor[..., None], near], axis=-1)
+        return groups.reshape(self.num_batches, self.global_batch_size)
 
 
 class UnpaddedSampler(DistributedSampler[int]):

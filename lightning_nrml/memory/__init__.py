@@ -3,6 +3,15 @@
 from lightning_nrml.memory.bank import FeatureBank
 from lightning_nrml.memory.centers import CenterMemory
 from lightning_nrml.memory.ledger import SampleLedger
+from lightning_nrml.memory.mining import MiningConfig
+from lightning_nrml.memory.pool import CandidatePool
 from lightning_nrml.memory.queue import FeatureQueue
 
-__all__ = ["CenterMemory", "FeatureBank", "FeatureQueue", "SampleLedger"]
+__all__ = [
+    "CandidatePool",
+    "CenterMemory",
+    "FeatureBank",
+    "FeatureQueue",
+    "MiningConfig",
+    "SampleLedger",
+]

@@ -2,6 +2,7 @@
 
 from lightning_nrml.modules.base import EmbeddingModule
 from lightning_nrml.modules.byol import BYOL
+from lightning_nrml.modules.insclr import InsCLR
 from lightning_nrml.modules.linear_probe import LinearProbe
 from lightning_nrml.modules.metric_learning import MetricLearning
 from lightning_nrml.modules.mochi import MoCHi
@@ -9,4 +10,14 @@ from lightning_nrml.modules.moco import MoCo
 from lightning_nrml.modules.simclr import SimCLR
 from lightning_nrml.modules.swav import SwAV
 
-__all__ = ["BYOL", "EmbeddingModule", "LinearProbe", "MetricLearning", "MoCHi", "MoCo", "SimCLR", "SwAV"]
+__all__ = [
+    "BYOL",
+    "EmbeddingModule",
+    "InsCLR",
+    "LinearProbe",
+    "MetricLearning",
+    "MoCHi",
+    "MoCo",
+    "SimCLR",
+    "SwAV",
+]

@@ -12,7 +12,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lightning_nrml.data.samplers import MPerClassSampler, ShuffleSampler, UnpaddedSampler, _deal
+from lightning_nrml.data.samplers import (
+    MPerClassSampler,
+    NeighbourSampler,
+    ShuffleSampler,
+    UnpaddedSampler,
+    _deal,
+)
 
 LABEL = torch.arange(12).repeat_interleave(10)  # 12 classes of 10 images
 
@@ -284,3 +290,60 @@ def test_lightning_on_two_devices_leaves_them_alone():
             drawn = [i for batch in prepared.batch_sampler for i in batch]
             whole = mode is RunningStage.PREDICTING  # where Lightning keeps the last incomplete batch
             assert drawn == list(sampler)[: None if whole else 16 * len(given)]
+
+
+# ---- anchors with neighbours ------------------------------------------------------------------------
+
+
+def neighbour_table(size=40, k=3):
+    return (torch.arange(size)[:, None] + torch.arange(1, k + 1)) % size
+
+
+def test_neighbour_batches_are_anchors_with_their_nearest_and_an_epoch_has_every_anchor_once():
+    table = neighbour_table()
+    sampler = NeighbourSampler(table, 16)
+    assert len(sampler) == 160
+    groups = torch.tensor(list(sampler)).view(-1, 4)
+    assert torch.equal(groups[:, 1:], table[groups[:, 0]])
+    assert sorted(groups[:, 0].tolist()) == list(range(40))
+    sampler.set_epoch(1)
+    assert list(sampler) != groups.flatten().tolist()
+
+
+def test_neighbour_batches_of_two_ranks_are_those_of_one_process():
+    one = batches(NeighbourSampler(neighbour_table(), 16, seed=3))
+    two = [batches(NeighbourSampler(neighbour_table(), 8, 2, rank, seed=3)) for rank in (0, 1)]
+    assert one == [a + b for a, b in zip(*two, strict=True)]
+
+
+def test_missing_and_dropped_neighbours_are_replaced_by_the_anchor():
+    table, keep = neighbour_table(), torch.ones(40, dtype=torch.bool)
+    table[5] = -1
+    keep[[6, 7]] = False
+    groups = {g[0]: g for g in batches(NeighbourSampler(table, 4, keep=keep))}
+    assert set(groups) == set(range(40)) - {6, 7}
+    assert groups[5] == [5, 5, 5, 5]
+    assert groups[4] == [4, 5, 4, 4]
+    assert groups[10] == [10, 11, 12, 13]
+
+
+def test_neighbour_table_is_read_when_an_epoch_starts_and_a_resume_skips_batches():
+    table = torch.full((40, 3), -1)
+    sampler = NeighbourSampler(table, 8)
+    assert all(len(set(g)) == 1 for g in batches(sampler, 4))
+    table.copy_(neighbour_table())
+    whole = batches(sampler)
+    sampler.start_batch = 7
+    assert batches(sampler) == whole[7:]
+    assert batches(sampler) == whole
+    assert whole[0][1] == (whole[0][0] + 1) % 40
+
+
+def test_neighbour_sampler_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="must be a multiple of 4, an anchor and its 3 neighbours, got 10"):
+        NeighbourSampler(neighbour_table(), 10)
+    with pytest.raises(ValueError, match="needs 50 anchors, but there are 40 training samples"):
+        NeighbourSampler(neighbour_table(), 200)
+    with pytest.raises(ValueError, match=r"integers of shape \(N, K\), got torch.float32 of shape \(4,\)"):
+        NeighbourSampler(torch.rand(4), 4)
+    assert list(NeighbourSampler(torch.tensor([[-1, -1, -1]]), 4)) == [0, 0, 0, 0]

@@ -18,6 +18,7 @@ from lightning_nrml.data.views.library import KorniaOp
 from lightning_nrml.data.views.recipes import (
     BYOLViews,
     EvalView,
+    InsCLRViews,
     MetricView,
     MoCoViews,
     MultiCropViews,
@@ -40,6 +41,7 @@ __all__ = [
     "GaussianBlur",
     "Grayscale",
     "HorizontalFlip",
+    "InsCLRViews",
     "KorniaOp",
     "MetricView",
     "MoCoViews",

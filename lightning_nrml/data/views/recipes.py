@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from lightning_nrml.data.views.base import ViewOp, Views
 from lightning_nrml.data.views.color import BandJitter, ColorJitter, GaussianBlur, Grayscale, Solarize
@@ -374,6 +376,29 @@ class MultiCropViews(Views):
             for side, area in crops
         ]
         super().__init__(views, mean, std)
+
+
+class InsCLRViews(MetricView):
+    """An augmented view to learn from, and the image as it is to mine with (InsCLR's "impr" stage).
+
+    Published: ``crop_scale=(.75, 1)`` at 224 pixels (base stage; its upper end of 1.33 can never be met),
+    ``(.4, 1)`` at 448 with ``plain_size=512`` (impr). Other arguments as in :class:`MetricView`.
+
+    Args:
+        size: side of the augmented view in pixels.
+        plain_size: side of the second view; default ``size``.
+        crop_scale: range of the share of the area kept by the crop; ``None`` = resize without a crop.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        plain_size: int | None = None,
+        crop_scale: tuple[float, float] | None = (0.75, 1.0),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(size, crop_scale, **kwargs)
+        self.views.append(nn.ModuleList([Resize(plain_size or size, "bilinear")]))
 
 
 eval_view = EvalView
