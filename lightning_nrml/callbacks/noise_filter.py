@@ -181,7 +181,7 @@ class NoiseFilterCallback(Callback):
                     "leave it at 0."
                 )
             if self._full_rate is None:
-                self._full_rate = float(part.noise_rate)  # type: ignore[arg-type]
+                self._full_rate = float(cast(Any, part).noise_rate)
         if self.correct_labels and type(part).suggest is NoiseFilter.suggest:
             raise ValueError(
                 f"correct_labels needs a filter that suggests labels; {type(part).__name__} does not."
@@ -219,14 +219,15 @@ class NoiseFilterCallback(Callback):
         """The ramp: a function of the epoch alone, so that it needs no state."""
         if self._full_rate is not None:
             done = min(max(epoch - self.start_epoch, 0) / self.ramp_epochs, 1.0)
-            part.noise_rate = self._full_rate * done  # type: ignore[assignment]
+            cast(Any, part).noise_rate = self._full_rate * done
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Put corrected labels in the place of the given ones."""
         if self.correct_labels:
-            corrected = cast(Tensor, pl_module.noise_ledger.corrected)[batch["index"]]  # type: ignore[union-attr]
+            ledger = cast(SampleLedger, pl_module.noise_ledger)
+            corrected = cast(Tensor, ledger.corrected)[batch["index"]]
             batch["label"] = torch.where(corrected >= 0, corrected, batch["label"])
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -85,7 +85,8 @@ class TSINT(NoiseFilterCallback):
 
         def embed(batch: Any) -> Tensor:
             teacher.eval()  # Lightning puts the whole module into training mode
-            return teacher(batch["image"])
+            rows: Tensor = teacher(batch["image"])
+            return rows
 
         _chain_of(pl_module).sources["teacher"] = embed
 

@@ -211,7 +211,7 @@ def select(
         logits=logits,
         per_sample_loss=per_sample_loss,
         proxies=proxies,
-        **({} if batch is None else chain.from_sources(batch)),
+        teacher=None if batch is None else chain.from_sources(batch).get("teacher"),
         epoch=getattr(counters, "current_epoch", 0) if epoch is None else epoch,
         step=getattr(counters, "global_step", 0) if step is None else step,
     )

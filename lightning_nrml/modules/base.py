@@ -175,9 +175,9 @@ class EmbeddingModule(LightningModule):
             logits=None if out.logits is None else out.logits.detach(),
             per_sample_loss=None if out.per_sample_loss is None else out.per_sample_loss.detach(),
             proxies=out.proxies,
+            teacher=self.filters.from_sources(batch).get("teacher"),
             epoch=self.current_epoch,
             step=self.global_step,
-            **self.filters.from_sources(batch),
         )
         selection = self.filters.select(ctx) if filtering else Selection.keep_all(ctx.label)
         self._pending = (ctx, selection)

@@ -26,6 +26,7 @@ from lightning_nrml.filters import (
 )
 from lightning_nrml.filters.chain import FilterChain, gathered_context
 from lightning_nrml.losses import CosineSoftmaxLoss
+from lightning_nrml.optim import ScheduleConfig
 from lightning_nrml.types import FilterContext, Selection
 
 CLASSES, DIM, ROWS, STEPS = 4, 6, 24, 5
@@ -259,6 +260,9 @@ def test_granularities_are_what_they_say(name: str) -> None:
 # ---- in a run ---------------------------------------------------------------------------------------
 
 
+SCHEDULE = ScheduleConfig("constant", 0)  # the runs have fewer steps than the usual warm-up
+
+
 def softmax() -> dict[str, Any]:
     torch.manual_seed(0)
     return {"loss": CosineSoftmaxLoss(10, 16), "memory_size": 0}
@@ -280,7 +284,7 @@ CALLBACKS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
 def test_decisions_do_not_depend_on_clean_labels(tmp_path: Path, name: str) -> None:
     states, (make, options) = [], CALLBACKS[name]
     for scramble in (False, True):
-        data, net = digits(), module(**options())
+        data, net = digits(), module(**options(), schedule=SCHEDULE)
         if scramble:
             split = data.splits.train
             split.clean_label = split.clean_label[::-1].copy()
@@ -306,7 +310,7 @@ def test_a_compiled_backbone_changes_nothing(tmp_path: Path, monkeypatch, name: 
     monkeypatch.setattr(torch, "compile", eager)
     states, (make, options) = [], CALLBACKS[name]
     for flag in (False, True):
-        net = module(**options(), compile_backbone=flag)
+        net = module(**options(), schedule=SCHEDULE, compile_backbone=flag)
         run = trainer(tmp_path, 1, [make()], limit_train_batches=2, limit_val_batches=0)
         run.fit(net, digits())
         states.append(state_of(net))
