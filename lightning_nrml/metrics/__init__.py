@@ -1,7 +1,8 @@
-"""Retrieval, neighbour, clustering and filter metrics: functions and ``torchmetrics.Metric`` classes."""
+"""Metrics of retrieval, neighbours, clusters, multi-label classifiers and filters."""
 
 from lightning_nrml.metrics.clustering import nmi_ami
 from lightning_nrml.metrics.knn import KNNClassifier
+from lightning_nrml.metrics.multilabel import MultiLabelMetrics, multilabel_metrics
 from lightning_nrml.metrics.noise import FilterQuality, filter_quality
 from lightning_nrml.metrics.retrieval import RetrievalMetrics, retrieval_metrics
 from lightning_nrml.metrics.search import ExactIndex, topk_search
@@ -10,8 +11,10 @@ __all__ = [
     "ExactIndex",
     "FilterQuality",
     "KNNClassifier",
+    "MultiLabelMetrics",
     "RetrievalMetrics",
     "filter_quality",
+    "multilabel_metrics",
     "nmi_ami",
     "retrieval_metrics",
     "topk_search",
