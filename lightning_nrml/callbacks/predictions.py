@@ -21,9 +21,9 @@ class PredictionWriter(Callback):
     """Writes the embeddings of a predict run and a table that says whose they are.
 
     ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label``,
-    ``probability`` and ``path`` where they are known) tells which image row i belongs to. Rows are in the order of ``index``;
-    those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with ``embedding`` and
-    ``index``, and ``label`` if there is one.
+    ``probability`` and ``path`` where they are known) tells which image row i belongs to. Rows are in the
+    order of ``index``; those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with
+    ``embedding`` and ``index``, and ``label`` and ``probability`` if there are any.
 
     Args:
         folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
@@ -87,8 +87,8 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
 
     Args:
         folder: made if it is missing.
-        arrays: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label`` ``(N,)`` or ``(N, L)`` and
-            ``probability`` ``(N, L)``.
+        arrays: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label`` ``(N,)`` or ``(N, L)``
+            and ``probability`` ``(N, L)``.
         paths: name of the image at each ``index``.
     """
     import pandas as pd
