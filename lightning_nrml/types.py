@@ -18,7 +18,8 @@ class Batch(TypedDict):
     ``image`` is uint8 or float ``(B, channels, H, W)``; once the views have run it is the float view
     (or ``views`` holds the list of several). ``label`` is int64 ``(B,)``, or 0/1 ``(B, L)`` for
     multi-label data. ``index`` is int64 ``(B,)``, the position in the *training set* (or in the
-    evaluated split). ``clean_label`` is for measurement only: no loss and no filter ever sees it.
+    evaluated split). ``clean_label`` and, for multi-label data, the flip mask ``is_noise`` (bool
+    ``(B, L)``) are for measurement only: no loss and no filter ever sees them.
     """
 
     image: Tensor
@@ -26,6 +27,7 @@ class Batch(TypedDict):
     index: Tensor
     views: NotRequired[list[Tensor]]
     clean_label: NotRequired[Tensor]
+    is_noise: NotRequired[Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,10 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "CrossBatchContrastiveLoss": {},
         "SupConLoss": {},
         "PMLLoss": {"name": REQUIRED},
+        "MultiLabelELRLoss": {"num_samples": REQUIRED, "num_labels": REQUIRED, "lam": 3.0, "beta": 0.7},
+        "MultiLabelSATLoss": {"num_samples": REQUIRED, "num_labels": REQUIRED, "momentum": 0.9},
+        "MultiLabelJoCoRLoss": {"co_lambda": 0.1},
+        "RCMLLoss": {"alpha": 0.2, "beta": 0.8, "disparity_weight": 1.0, "consistency_weight": 0.1},
     },
     "memory": {
         "FeatureQueue": {"size": REQUIRED, "dim": REQUIRED, "with_label": True},
@@ -65,12 +69,16 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "nmi_ami": {"embedding": REQUIRED, "label": REQUIRED, "seed": ...},
         "KNNClassifier": {"k": ..., "temperature": ...},
         "FilterQuality": {},
+        "MultiLabelMetrics": {"num_labels": REQUIRED},
     },
     "data.noise": {
         "symmetric": {"label": REQUIRED, "rate": REQUIRED, "num_classes": REQUIRED, "seed": ...},
         "asymmetric": {"label": REQUIRED, "rate": REQUIRED, "mapping": REQUIRED, "seed": ...},
         "pair_flip": {"label": REQUIRED, "rate": REQUIRED, "num_classes": REQUIRED, "seed": ...},
         "small_cluster": {"label": REQUIRED, "embedding": REQUIRED, "fraction": REQUIRED, "seed": ...},
+        "multilabel": {"target": REQUIRED, "subtractive": 0.0, "additive": 0.0, "seed": 0, "cap": 0.95},
+        "multilabel_uniform": {"target": REQUIRED, "rate": REQUIRED, "seed": ...},
+        "multilabel_images": {"target": REQUIRED, "rate": REQUIRED, "seed": ...},
         "NoisyLabels": {"label": REQUIRED, "clean_label": REQUIRED, "is_noise": REQUIRED},
     },
     "data": {
@@ -86,17 +94,25 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
             "CUBDataModule",
             "CarsDataModule",
             "SOPDataModule",
+            "MultiLabelRSDataModule",
             "NoiseConfig",
         )
     },
     "data.views": {
         name: {} for name in ("simclr_views", "moco_views", "byol_views", "multicrop_views", "eval_view")
     },
-    "modules": {"MetricLearning": {"backbone": ..., "backbone_kwargs": None}, "EmbeddingModule": {}},
+    "modules": {
+        "MetricLearning": {"backbone": ..., "backbone_kwargs": None},
+        "EmbeddingModule": {},
+        "MultiLabel": {},
+        "JoCoR": {},
+        "RCML": {},
+    },
     "callbacks": {
         "NoiseFilterCallback": {"filter": ..., "granularity": "batch"},
         "PRISM": {},
         "RetrievalEvaluator": {},
+        "MultiLabelEvaluator": {},
     },
 }
 METHODS = {

@@ -11,6 +11,7 @@ from lightning_nrml.callbacks.filters import (
 )
 from lightning_nrml.callbacks.health import RepresentationHealth
 from lightning_nrml.callbacks.knn import OnlineKNN
+from lightning_nrml.callbacks.multilabel import MultiLabelEvaluator
 from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.probe import OnlineLinearProbe
@@ -19,17 +20,18 @@ from lightning_nrml.callbacks.tsint import TSINT
 
 __all__ = [
     "BARE",
-    "PRISM",
-    "TSINT",
     "Consensus",
     "KNNVote",
     "KnownClean",
     "LossQuantile",
+    "MultiLabelEvaluator",
     "NoiseFilterCallback",
     "OnlineKNN",
     "OnlineLinearProbe",
+    "PRISM",
     "PredictionWriter",
     "RepresentationHealth",
     "RetrievalEvaluator",
     "SmallLoss",
+    "TSINT",
 ]

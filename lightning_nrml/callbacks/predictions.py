@@ -14,16 +14,16 @@ from torch import Tensor
 
 from lightning_nrml import distributed
 
-KEYS = ("embedding", "index", "label")
+KEYS = ("embedding", "index", "label", "probability")
 
 
 class PredictionWriter(Callback):
     """Writes the embeddings of a predict run and a table that says whose they are.
 
-    ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label`` and
-    ``path`` where they are known) tells which image row i belongs to. Rows are in the order of ``index``;
-    those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with ``embedding`` and
-    ``index``, and ``label`` if there is one.
+    ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label``,
+    ``probability`` and ``path`` where they are known) tells which image row i belongs to. Rows are in the
+    order of ``index``; those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with
+    ``embedding`` and ``index``, and ``label`` and ``probability`` if there are any.
 
     Args:
         folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
@@ -87,7 +87,8 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
 
     Args:
         folder: made if it is missing.
-        arrays: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label`` ``(N,)`` or ``(N, L)``.
+        arrays: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label`` ``(N,)`` or ``(N, L)``
+            and ``probability`` ``(N, L)``.
         paths: name of the image at each ``index``.
     """
     import pandas as pd
@@ -97,6 +98,8 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
     if "label" in arrays:
         label = arrays["label"]
         columns["label"] = label if label.ndim == 1 else label.tolist()
+    if "probability" in arrays:
+        columns["probability"] = arrays["probability"].tolist()
     if paths is not None:
         columns["path"] = [paths[i] for i in arrays["index"]]
     part = folder / ".embeddings.part.npy"

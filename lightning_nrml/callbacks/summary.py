@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
-from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
+from lightning_nrml.callbacks.evaluator import SplitEvaluator
 
 #: logged key -> how a person says it
 ROWS = {
@@ -25,6 +25,14 @@ ROWS = {
     "noise/auroc": "AUROC of the clean score",
     "train/keep_rate": "keep rate",
     "train/loss": "training loss",
+}
+
+MULTILABEL_ROWS = {
+    "val/map_macro": "mAP macro",
+    "val/map_micro": "mAP micro",
+    "val/f1_macro": "F1 macro at 0.5",
+    "val/f1_micro": "F1 micro at 0.5",
+    "val/calibration_gap": "mean probability - prevalence",
 }
 
 
@@ -45,18 +53,19 @@ class FitSummary(Callback):
         console = Console(soft_wrap=True)
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         best = _best_epoch(trainer)
-        if values.keys() & ROWS.keys():
+        rows = {**MULTILABEL_ROWS, **ROWS}
+        if values.keys() & rows.keys():
             table = Table(title="Result", title_justify="left")
             table.add_column("metric")
             table.add_column("last epoch", justify="right")
             if best:
                 table.add_column(f"best epoch ({best['epoch']:.0f})", justify="right")
-            for key in ROWS:
+            for key, said in rows.items():
                 if key in values:
                     shown = [f"{values[key]:.4f}"]
                     if best:
                         shown.append(f"{best[key]:.4f}" if key in best else "")
-                    table.add_row(f"{ROWS[key]} ({key})", *shown)
+                    table.add_row(f"{said} ({key})", *shown)
             console.print(table)
         self._write_results(trainer, values, best)
         for line in self.lines(trainer):
@@ -107,8 +116,8 @@ def _last(trainer: Trainer) -> list[LastCheckpoint]:
 
 
 def _best_epoch(trainer: Trainer) -> dict[str, float]:
-    """Retrieval metrics of the best epoch under their logged names, and its number; empty without them."""
+    """Metrics of the best epoch under their logged names, and its number; empty without them."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RetrievalEvaluator) and callback.best:
+        if isinstance(callback, SplitEvaluator) and callback.best:
             return {k if k == "epoch" else f"val/{k}": v for k, v in callback.best.items()}
     return {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_nrml.data.digits import DigitsDataModule
     from lightning_nrml.data.dml_benchmarks import CarsDataModule, CUBDataModule, SOPDataModule
     from lightning_nrml.data.folder import FolderDataModule
+    from lightning_nrml.data.multilabel_rs import MultiLabelRSDataModule
     from lightning_nrml.data.noise import NoiseConfig, NoisyLabels
     from lightning_nrml.data.omniglot import OmniglotDataModule
     from lightning_nrml.data.samplers import (
@@ -38,6 +39,7 @@ _HOME = {
     "FolderDataModule": "folder",
     "IndexedDataset": "dataset",
     "MPerClassSampler": "samplers",
+    "MultiLabelRSDataModule": "multilabel_rs",
     "NRMLDataModule": "base",
     "NeighbourSampler": "samplers",
     "NoiseConfig": "noise",
@@ -63,6 +65,7 @@ __all__ = [
     "FolderDataModule",
     "IndexedDataset",
     "MPerClassSampler",
+    "MultiLabelRSDataModule",
     "NRMLDataModule",
     "NeighbourSampler",
     "NoiseConfig",

@@ -64,6 +64,8 @@ class IndexedDataset(Dataset[Batch]):
         batch = Batch(image=images, label=self.label[index], index=index)
         if self.clean_label is not None:
             batch["clean_label"] = self.clean_label[index]
+            if self.label.ndim == 2:
+                batch["is_noise"] = batch["label"] != batch["clean_label"]
         return batch
 
     def _get_readable(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:

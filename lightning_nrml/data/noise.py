@@ -12,106 +12,40 @@ Sastry, WACV 2023, "Adaptive Sample Selection for Robust Learning under Label No
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lightning_nrml.data.multilabel_noise import multilabel, multilabel_images, multilabel_uniform
+from lightning_nrml.data.noise_types import (
+    MULTILABEL_KINDS,
+    NoiseConfig,
+    NoiseKind,
+    NoisyLabels,
+    check_rate,
+    check_seed,
+    uniform,
+)
 from lightning_nrml.data.tables import match_rows, read_label_table
 
-NoiseKind = Literal["none", "symmetric", "asymmetric", "pair_flip", "small_cluster"]
-
-
-@dataclass(frozen=True)
-class NoisyLabels:
-    """Labels of a training set after noise, each array of shape ``(N,)``.
-
-    Args:
-        label: int64, the given (noisy) labels, all that a method may see.
-        clean_label: int64, the labels before noise, in *their* numbering.
-        is_noise: bool, whether the given label is wrong.
-        class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
-            classes (``small_cluster``); else ``None``.
-    """
-
-    label: np.ndarray
-    clean_label: np.ndarray
-    is_noise: np.ndarray
-    class_id: np.ndarray | None = None
-
-    @property
-    def true_label(self) -> np.ndarray:
-        """``clean_label`` in the numbering of ``label``; -1 where the true class is not in the label set.
-
-        ``label == true_label`` exactly where ``is_noise`` is false, for every kind of noise.
-        """
-        if self.class_id is None:
-            return self.clean_label
-        lookup = np.full(int(max(self.clean_label.max(), self.class_id.max())) + 1, -1, dtype=np.int64)
-        lookup[self.class_id] = np.arange(len(self.class_id))
-        return lookup[self.clean_label]
-
-    def to_columns(self) -> dict[str, np.ndarray]:
-        """Columns for ``data.tables.write_label_table``; ``NoiseConfig.table`` reads the file back."""
-        return {
-            "index": np.arange(len(self.label)),
-            "label": self.label,
-            "clean_label": self.clean_label,
-            "is_noise": self.is_noise,
-        }
-
-
-@dataclass
-class NoiseConfig:
-    """Which noise the training labels get.
-
-    Args:
-        kind: ``none``, ``symmetric``, ``asymmetric``, ``pair_flip`` or ``small_cluster``.
-        rate: in [0, 1]: probability of a wrong label, or for ``small_cluster`` the share of the classes
-            that are dissolved. Not used by ``none`` and ``table``.
-        seed: not negative; the same seed gives the same labels everywhere.
-        mapping: for ``asymmetric``: wrong class by right class.
-        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``.
-        column: the table's column that holds the labels.
-    """
-
-    kind: NoiseKind = "none"
-    rate: float = 0.0
-    seed: int = 0
-    mapping: dict[int, int] | None = None
-    table: str | None = None
-    column: str = "label"
-
-    def __post_init__(self) -> None:
-        kinds = get_args(NoiseKind)
-        if self.kind not in kinds:
-            near = difflib.get_close_matches(str(self.kind), kinds, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"noise.kind must be one of {', '.join(kinds)}, got '{self.kind}'{hint}")
-        _check_rate("noise.rate", self.rate)
-        _check_seed("noise.seed", self.seed)
-        if self.table is not None and self.kind != "none":
-            raise ValueError(
-                f"noise.table replaces the labels, so noise.kind must be 'none' with it, got '{self.kind}'"
-            )
-        if self.kind == "asymmetric" and not self.mapping:
-            raise ValueError("noise.kind 'asymmetric' needs noise.mapping, such as {7: 1, 2: 7}")
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {rate}")
-
-
-def _check_seed(name: str, seed: int) -> None:
-    if seed < 0:
-        raise ValueError(f"{name} must not be negative, got {seed}")
+__all__ = [
+    "NoiseConfig",
+    "NoiseKind",
+    "NoisyLabels",
+    "apply_noise",
+    "asymmetric",
+    "label_hash",
+    "multilabel",
+    "multilabel_images",
+    "multilabel_uniform",
+    "pair_flip",
+    "small_cluster",
+    "symmetric",
+]
 
 
 def _checked_label(label: ArrayLike | Tensor, num_classes: int | None) -> np.ndarray:
@@ -141,13 +75,6 @@ def _check_num_classes(num_classes: int, kind: str) -> None:
         )
 
 
-def _uniform(seed: int, rows: int, num_samples: int) -> np.ndarray:
-    """``(rows, num_samples)`` float64 in [0, 1), 53 random bits each."""
-    _check_seed("seed", seed)
-    bits = np.random.PCG64(seed).random_raw(rows * num_samples).reshape(rows, num_samples)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
 def _flipped(clean: np.ndarray, wrong: np.ndarray, coin: np.ndarray, rate: float) -> NoisyLabels:
     is_noise = (coin < rate) & (wrong != clean)
     return NoisyLabels(np.where(is_noise, wrong, clean), clean, is_noise)
@@ -171,10 +98,10 @@ def symmetric(label: ArrayLike | Tensor, rate: float, num_classes: int, seed: in
     Raises:
         ValueError: a label, the rate, the seed or the number of classes is out of range.
     """
-    _check_rate("rate", rate)
+    check_rate("rate", rate)
     _check_num_classes(num_classes, "symmetric")
     clean = _checked_label(label, num_classes)
-    coin, target = _uniform(seed, 2, len(clean))
+    coin, target = uniform(seed, 2, len(clean))
     wrong = np.minimum((target * (num_classes - 1)).astype(np.int64), num_classes - 2)
     wrong += wrong >= clean  # skips the sample's own class
     return _flipped(clean, wrong, coin, rate)
@@ -208,7 +135,7 @@ def asymmetric(
         ValueError: a label, the rate or the seed is out of range, or ``mapping`` is empty, names an unknown
             class or maps a class to itself.
     """
-    _check_rate("rate", rate)
+    check_rate("rate", rate)
     clean = _checked_label(label, num_classes)
     classes = num_classes if num_classes is not None else int(clean.max(initial=-1)) + 1
     if not mapping:
@@ -222,7 +149,7 @@ def asymmetric(
         if source == target:
             raise ValueError(f"mapping {source}: {target} keeps the class; leave it out to keep it clean")
         table[source] = target
-    (coin,) = _uniform(seed, 1, len(clean))
+    (coin,) = uniform(seed, 1, len(clean))
     return _flipped(clean, table[clean], coin, rate)
 
 
@@ -241,10 +168,10 @@ def pair_flip(label: ArrayLike | Tensor, rate: float, num_classes: int, seed: in
     Raises:
         ValueError: a label, the rate, the seed or the number of classes is out of range.
     """
-    _check_rate("rate", rate)
+    check_rate("rate", rate)
     _check_num_classes(num_classes, "pair_flip")
     clean = _checked_label(label, num_classes)
-    (coin,) = _uniform(seed, 1, len(clean))
+    (coin,) = uniform(seed, 1, len(clean))
     return _flipped(clean, (clean + 1) % num_classes, coin, rate)
 
 
@@ -312,8 +239,8 @@ def small_cluster(
         ValueError: a label, the fraction or the seed is out of range, the embedding is missing, not finite
             or of the wrong shape, or no class would remain.
     """
-    _check_rate("fraction", fraction)
-    _check_seed("seed", seed)
+    check_rate("fraction", fraction)
+    check_seed("seed", seed)
     clean = _checked_label(label, None)
     rows = _checked_embedding(embedding, len(clean))
     classes = np.unique(clean)
@@ -324,7 +251,7 @@ def small_cluster(
         raise ValueError(
             f"fraction={fraction} of {len(classes)} classes leaves no class to merge into; lower the fraction"
         )
-    choice, start, target = _uniform(seed, 3, len(clean))  # there are at least as many samples as classes
+    choice, start, target = uniform(seed, 3, len(clean))  # there are at least as many samples as classes
     dissolved = classes[np.argsort(choice[: len(classes)], kind="stable")[:num_dissolved]]
     is_noise = np.isin(clean, dissolved)
     remaining = np.unique(clean[~is_noise])
@@ -417,6 +344,11 @@ def apply_noise(
             repeated or unknown, labels out of range, another set's clean labels).
         FileNotFoundError: the table does not exist.
     """
+    if config.kind in MULTILABEL_KINDS:
+        raise ValueError(
+            f"noise.kind '{config.kind}' flips the labels of a multi-label set, but this set has one class "
+            "per sample; use symmetric, asymmetric, pair_flip or small_cluster"
+        )
     clean = _checked_label(clean_label, num_classes)
     if config.table is not None:
         return _from_table(clean, config, num_classes, path)

@@ -1,8 +1,8 @@
 """Where images come from: memory, concatenated JPEGs, files. One batched call, uint8 out.
 
-A source answers ``get(indices) -> uint8 (n, C, H, W)``. In-memory sets are a single index
-operation, the others decode per item with Pillow and bring every image to one size, so that all
-further image work can happen in batches on the training device.
+A source answers ``get(indices) -> uint8 (n, C, H, W)`` (rasters of many bands: float32).
+In-memory sets are a single index operation, the others decode per item with Pillow and bring every image
+to one size, so that all further image work can happen in batches on the training device.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class ImageSource(ABC):
     Attributes:
         channels: number of channels of every image.
         size: ``(height, width)``, or ``None`` if only the files know.
+        dtype: uint8, or float32 for rasters, whose values are physical.
     """
 
     channels: int
+    dtype: torch.dtype = torch.uint8
     size: tuple[int, int] | None
 
     @abstractmethod
@@ -57,7 +59,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def get(self, indices: Sequence[int]) -> Tensor:
-        """Images at ``indices`` as uint8 ``(n, channels, H, W)``.
+        """Images at ``indices`` as :attr:`dtype` ``(n, channels, H, W)``.
 
         Raises:
             BadImageError: an image is missing or corrupt.
@@ -80,14 +82,18 @@ class MemorySource(ImageSource):
     """Decoded images held in memory.
 
     Args:
-        images: uint8 ``(N, C, H, W)``.
+        images: uint8 or float32 ``(N, C, H, W)``.
         bad: row -> message for images that could not be decoded (their pixels are meaningless).
     """
 
     def __init__(self, images: Tensor, bad: Mapping[int, str] | None = None) -> None:
-        if images.dtype is not torch.uint8 or images.ndim != 4:
-            raise TypeError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+            raise TypeError(
+                f"images must be uint8 (N, C, H, W), or float32 for rasters; got {images.dtype} "
+                f"{tuple(images.shape)}"
+            )
         self.images = images
+        self.dtype = images.dtype
         self.bad = dict(bad or {})
         self.channels = images.shape[1]
         self.size = (images.shape[2], images.shape[3])
@@ -262,7 +268,7 @@ def _centre_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
 def decoded_bytes(source: ImageSource) -> int:
     """Memory that all images of a source take once decoded, judged by the first if no size is set."""
     height, width = stored_size(source)
-    return len(source) * source.channels * height * width
+    return len(source) * source.channels * height * width * source.dtype.itemsize
 
 
 def stored_size(source: ImageSource) -> tuple[int, int]:
@@ -304,7 +310,7 @@ def cached(source: ImageSource, on_bad_image: Literal["raise", "skip"] = "raise"
             if image is None:
                 continue
             if images is None:
-                images = torch.zeros((len(source), *image.shape), dtype=torch.uint8)
+                images = torch.zeros((len(source), *image.shape), dtype=image.dtype)
             if image.shape != images.shape[1:]:
                 raise ValueError(f"{source.name(row)} differs in size from the others: set image_size")
             images[row] = image

@@ -192,9 +192,13 @@ class EmbeddingModule(LightningModule):
 
     # ---- evaluation -----------------------------------------------------------------------------
 
+    def predictions(self, x: Tensor) -> dict[str, Tensor]:
+        """What evaluation and prediction steps return about images ``(B, C, H, W)``, beside their labels."""
+        return {"embedding": self.embed(x)}
+
     def _embed_batch(self, batch: Batch) -> dict[str, Tensor]:
         batch = self._formatted(batch)
-        out = {"embedding": self.embed(batch["image"]), "index": batch["index"]}
+        out = {**self.predictions(batch["image"]), "index": batch["index"]}
         if "label" in batch:
             out["label"] = batch["label"]
         return out

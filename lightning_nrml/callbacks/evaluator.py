@@ -1,0 +1,115 @@
+"""What the evaluation callbacks share: when to collect, compute and log."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics import Metric
+
+
+class SplitEvaluator(Callback):
+    """Feeds a metric with the outputs of every validation and test run, and logs the result.
+
+    Both the last epoch and the best one (by ``monitor``) are kept in ``summary``, since picking the best on
+    the test split flatters.
+
+    Args:
+        monitor: entry of the result that decides which epoch was best.
+        every_n_epochs: validation epochs between two evaluations; the last epoch always counts.
+    """
+
+    def __init__(self, monitor: str, every_n_epochs: int = 1) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
+        self.monitor, self.every_n_epochs = monitor, every_n_epochs
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self._metric: Any = None
+
+    @abstractmethod
+    def make_metric(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> Metric:
+        """An empty metric for one run over a split, ``"val"`` or ``"test"``."""
+
+    @abstractmethod
+    def collect(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Give one batch to ``self._metric``."""
+
+    def results(self, values: dict[str, Any], prefix: str) -> dict[str, float]:
+        """What to log of the metric's result."""
+        return {k: float(v) for k, v in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Last and best values, so that a resumed run still reports the best epoch of all."""
+        return {"last": dict(self.last), "best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore last and best values."""
+        self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        epoch = trainer.current_epoch + 1
+        final = trainer.max_epochs is not None and epoch == trainer.max_epochs
+        skip = trainer.state.fn == "fit" and epoch % self.every_n_epochs and not final
+        self._metric = None if skip else self.make_metric(trainer, pl_module, prefix).to(pl_module.device)
+
+    def _update(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if self._metric is not None:
+            self.collect(pl_module, outputs, batch)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        if self._metric is None:
+            return
+        values = self.results(self._metric.compute(), prefix)
+        self._metric = None
+        for key, value in values.items():
+            if key.startswith("num_"):
+                continue
+            # the metric gathers, so this is equal on all ranks, which checkpoint callbacks rely on;
+            # sync_dist only keeps Lightning from warning that it might not be
+            pl_module.log(f"{prefix}/{key}", value, prog_bar=key == self.monitor, sync_dist=True)
+        if prefix == "val" and not trainer.sanity_checking:
+            self.last = {"epoch": float(trainer.current_epoch), **values}
+            if not self.best or values[self.monitor] > self.best[self.monitor]:
+                self.best = dict(self.last)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start collecting."""
+        self._begin(trainer, pl_module, "val")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch."""
+        self._update(pl_module, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and log ``val/*``."""
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start collecting."""
+        self._begin(trainer, pl_module, "test")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch."""
+        self._update(pl_module, outputs, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and log ``test/*``."""
+        self._finish(trainer, pl_module, "test")

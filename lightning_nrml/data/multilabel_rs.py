@@ -1,0 +1,172 @@
+"""Multi-label remote-sensing images with a label table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.multilabel_noise import apply_multilabel_noise
+from lightning_nrml.data.multilabel_tables import (
+    MultiLabelTable,
+    find_images,
+    read_multilabel_table,
+    split_rows,
+)
+from lightning_nrml.data.noise_types import NoisyLabels
+from lightning_nrml.data.raster import RasterSource, cached_statistics
+from lightning_nrml.data.sources import FileSource, ImageSource
+from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits
+from lightning_nrml.data.views import EvalView, MetricView, Views
+
+STATISTICS_FOLDER = "~/.cache/lightning_nrml"
+
+
+class MultiLabelRSDataModule(NRMLDataModule):
+    """Images (RGB, or rasters of any bands) and a table with a 0/1 column for every label.
+
+    As it stands it reads UC Merced's multi-label layout: ``LandUse_Multilabeled.txt`` (tab separated, names
+    without suffix), ``Images/<scene>/<name>.<suffix>`` and ``split_train.txt``, ``split_val.txt``,
+    ``split_test.txt``. A CSV or Parquet table may have a column ``split`` instead of lists. JPEG, PNG and
+    8-bit RGB TIFF are read as RGB; other TIFFs, and all of them if ``bands`` is given, through rasterio
+    (extra ``rs``) as float32 in their own units.
+
+    Noise is put on the train labels only; see :mod:`lightning_nrml.data.multilabel_noise`. ``noise.table``
+    is a table like this one, with the labels of all train images. Batches carry ``clean_label`` and the flip
+    mask ``is_noise`` then.
+
+    Default views flip in both directions and normalise by the mean and deviation of each band of the train
+    images, which are computed once and kept on disk. There are no crops: they may cut off what a label stands
+    for, which is additive noise.
+
+    Args:
+        path: folder of the data set.
+        table: label table, relative to ``path``.
+        images: folder of the images, relative to ``path``.
+        splits: file with image names for each of ``train``, ``val``, ``test``, relative to ``path``; default:
+            the table's column, or ``split_<name>.txt`` where it has none.
+        image_column: column of the image names; default the first.
+        label_columns: columns of the labels, in this order; default all that are left.
+        split_column: column of the splits.
+        image_size: side of the square that images are resized to (aspect ignored); ``None`` keeps the stored
+            size, which must then be the same for all.
+        bands: numbers of the bands to read, from 1, in this order; default all.
+        normalize: use the statistics of the bands in the default views.
+        statistics_folder: where they are kept.
+        kwargs: see :class:`NRMLDataModule`; ``m_per_class`` and ``epoch_length`` need single labels.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        table: str = "LandUse_Multilabeled.txt",
+        images: str = "Images",
+        splits: dict[str, str] | None = None,
+        image_column: str | None = None,
+        label_columns: list[str] | None = None,
+        split_column: str = "split",
+        image_size: int | None = 256,
+        bands: list[int] | None = None,
+        normalize: bool = True,
+        statistics_folder: str = STATISTICS_FOLDER,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if self.m_per_class is not None:
+            raise ValueError("m_per_class needs one class per sample; leave it out for multi-label data")
+        self.path, self.table, self.images_folder = Path(path).expanduser(), table, images
+        self.split_files = splits
+        self.image_column, self.label_columns, self.split_column = image_column, label_columns, split_column
+        self.image_size, self.bands = image_size, bands
+        self.normalize, self.statistics_folder = normalize, statistics_folder
+        self._train_files: list[str] = []
+        self._statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def load_splits(self) -> Splits:
+        table = self._read_table(self.path / self.table)
+        rows = split_rows(table, self._lists(table.split is not None))
+        files = [str(f) for f in find_images(table.images, self.path / self.images_folder)]
+        self._train_files = [files[i] for i in rows["train"]]
+        parts = {
+            name: Split(
+                self._source([files[i] for i in at]), table.label[at], paths=[table.images[i] for i in at]
+            )
+            for name, at in rows.items()
+        }
+        return Splits(parts["train"], parts.get("test"), len(table.names), parts.get("val"), table.names)
+
+    def _read_table(self, path: Path) -> MultiLabelTable:
+        return read_multilabel_table(path, self.image_column, self.label_columns, self.split_column)
+
+    def _lists(self, has_column: bool) -> dict[str, Path] | None:
+        if self.split_files is not None:
+            return {name: self.path / file for name, file in self.split_files.items()}
+        if has_column:
+            return None
+        usual = {name: self.path / f"split_{name}.txt" for name in SPLIT_NAMES}
+        return {name: file for name, file in usual.items() if file.is_file()} or None
+
+    def _source(self, files: Sequence[str]) -> ImageSource:
+        if self.bands is None and _is_rgb(files):
+            return FileSource(files, 3, self.image_size, "squash")
+        return RasterSource(files, self.bands, self.image_size)
+
+    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
+        """Noisy train labels, from the generators or from ``noise.table``."""
+        if self.noise.table is None:
+            return apply_multilabel_noise(train.label, self.noise)
+        noisy = self._read_table(Path(self.noise.table).expanduser())
+        assert train.paths is not None
+        names = self._label_order(noisy.names)
+        position = {image: row for row, image in enumerate(noisy.images)}
+        lost = [image for image in train.paths if image not in position]
+        if lost:
+            raise ValueError(
+                f"noise.table {noisy.source} has no row for {len(lost)} of {len(train)} train images, the "
+                f"first is '{lost[0]}'"
+            )
+        label = noisy.label[[position[image] for image in train.paths]][:, names]
+        return NoisyLabels(label, train.label, label != train.label)
+
+    def _label_order(self, names: Sequence[str]) -> list[int]:
+        """Positions of this set's labels among ``names``."""
+        own = self._read_table(self.path / self.table).names
+        if sorted(own) != sorted(names):
+            odd = sorted(set(own) ^ set(names)) or ["a label twice"]
+            raise ValueError(
+                f"noise.table {self.noise.table} has other labels than the data set: {', '.join(odd[:5])}"
+            )
+        return [list(names).index(name) for name in own]
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of every band over the train images, in the units that views see."""
+        if self._statistics is None:
+            images = self.splits.train.images
+            self._statistics = cached_statistics(images, self._train_files, Path(self.statistics_folder))
+        return self._statistics
+
+    def default_train_view(self) -> Views:
+        """Flips both ways, which keep every label of an image from above, and normalisation."""
+        mean, std = self.statistics if self.normalize else (None, None)
+        return MetricView(self.view_size, crop_scale=None, flip=0.5, vertical_flip=0.5, mean=mean, std=std)
+
+    def default_eval_view(self) -> Views:
+        """Normalisation."""
+        mean, std = self.statistics if self.normalize else (None, None)
+        return EvalView(self.view_size, mean, std)
+
+
+def _is_rgb(files: Sequence[str]) -> bool:
+    """Whether Pillow reads the first file that is there as 8-bit colour or grey."""
+    for file in files:
+        if Path(file).is_file():
+            try:
+                with Image.open(file) as image:
+                    return image.mode in ("RGB", "RGBA", "L", "P", "CMYK")
+            except (UnidentifiedImageError, OSError):
+                return Path(file).suffix.lower() not in (".tif", ".tiff")
+    return True

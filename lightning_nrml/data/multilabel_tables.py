@@ -1,0 +1,203 @@
+"""Tables of images and label columns, lists of splits, and finding the images that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_nrml.data.splits import SPLIT_NAMES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class MultiLabelTable:
+    """Labels of a whole set.
+
+    Args:
+        source: the file, for messages.
+        images: N names of images as written, each once.
+        label: ``(N, L)`` int64, 0 or 1.
+        names: L names of labels.
+        split: N names of splits, if the table has such a column.
+    """
+
+    source: str
+    images: list[str]
+    label: np.ndarray
+    names: list[str]
+    split: list[str] | None = None
+
+
+def read_multilabel_table(
+    path: Path,
+    image_column: str | None = None,
+    label_columns: Sequence[str] | None = None,
+    split_column: str = "split",
+) -> MultiLabelTable:
+    """Read a table with a row for every image and a 0/1 column for every label.
+
+    Args:
+        path: ``.csv``, ``.parquet``, or tab separated ``.txt`` / ``.tsv`` (UC Merced's).
+        image_column: column of the images; default the first.
+        label_columns: columns of the labels; default all others but the one of the splits.
+        split_column: column of the splits; not needed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown suffix, a missing column, an image in two rows, or an entry that is neither 0
+            nor 1; names file, row (from 0, without the header) and column.
+    """
+    frame = _read(path)
+    columns = [str(c) for c in frame.columns]
+    frame.columns = columns  # type: ignore[assignment]
+    image_column = columns[0] if image_column is None else image_column
+    names = [c for c in columns if c not in (image_column, split_column)]
+    names = names if label_columns is None else list(label_columns)
+    for column in (image_column, *names):
+        if column not in columns:
+            raise ValueError(f"{path} has no column '{column}'; its columns are {', '.join(columns)}")
+    if not names or not len(frame):
+        raise ValueError(
+            f"{path} has {len(frame)} rows and {len(names)} label columns; give at least one of each"
+        )
+    images = [str(v) for v in frame[image_column]]
+    _check_once(images, path)
+    split = [str(v) for v in frame[split_column]] if split_column in columns else None
+    return MultiLabelTable(str(path), images, _labels(frame, names, images, path), names, split)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".parquet", ".txt", ".tsv"):
+        raise ValueError(f"{path}: the suffix of a label table must be .csv, .parquet, .txt or .tsv")
+    if not path.is_file():
+        raise FileNotFoundError(f"no label table {path}; check path and table")
+    try:
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        separator = "," if suffix == ".csv" else "\t"
+        # the first column may hold names such as 007
+        return pd.read_csv(path, sep=separator, dtype={0: str}, keep_default_na=False, na_values=[""])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a label table: {error}") from error
+
+
+def _check_once(images: Sequence[str], path: Path) -> None:
+    seen: dict[str, int] = {}
+    for row, image in enumerate(images):
+        if image in seen:
+            raise ValueError(
+                f"{path}: image '{image}' stands in rows {seen[image]} and {row}; keep one row per image"
+            )
+        seen[image] = row
+
+
+def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], path: Path) -> np.ndarray:
+    import pandas as pd
+
+    number = np.stack(
+        [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in names],
+        axis=1,
+    )
+    bad = (number != 0) & (number != 1)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{path}, row {row} ({images[row]}), column '{names[column]}': "
+            f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
+        )
+    return number.astype(np.int64)
+
+
+def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict[str, np.ndarray]:
+    """Rows of the table by split, from lists of images or from the table's own column.
+
+    Args:
+        table: the labels.
+        files: for each split a text file with one image per line, as the table names them; ``None`` takes the
+            column.
+
+    Raises:
+        FileNotFoundError: a list does not exist.
+        ValueError: no train split, an unknown split or image, or an image that is listed twice.
+    """
+    if files is None:
+        return _rows_of_column(table)
+    _check_split_names(files, table.source)
+    position = {image: row for row, image in enumerate(table.images)}
+    owner: dict[str, str] = {}
+    rows: dict[str, np.ndarray] = {}
+    for split, file in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f"no list {file} for the {split} split")
+        found = []
+        for line, image in enumerate(file.read_text(encoding="utf-8").split("\n")):
+            image = image.strip()
+            if not image:
+                continue
+            if image not in position:
+                raise ValueError(f"{file}, line {line + 1}: '{image}' has no row in {table.source}")
+            if image in owner:
+                raise ValueError(
+                    f"{file}, line {line + 1}: '{image}' is in the {owner[image]} split already; an image "
+                    "belongs to one split, once"
+                )
+            owner[image] = split
+            found.append(position[image])
+        rows[split] = np.asarray(found, dtype=np.int64)
+    return rows
+
+
+def _rows_of_column(table: MultiLabelTable) -> dict[str, np.ndarray]:
+    if table.split is None:
+        raise ValueError(
+            f"{table.source} has no column of splits; add one (train, val, test), or give lists in splits"
+        )
+    split = np.asarray(table.split)
+    _check_split_names(dict.fromkeys(split.tolist()), table.source)
+    return {name: np.flatnonzero(split == name) for name in SPLIT_NAMES if (split == name).any()}
+
+
+def _check_split_names(names: Mapping[str, object], source: str) -> None:
+    unknown = [n for n in names if n not in SPLIT_NAMES]
+    if unknown:
+        raise ValueError(f"{source}: '{unknown[0]}' is no split; accepted are {', '.join(SPLIT_NAMES)}")
+    if "train" not in names:
+        raise ValueError(f"{source}: there is no train split")
+
+
+def find_images(images: Sequence[str], root: Path) -> list[Path]:
+    """The files behind the names of a table.
+
+    Names with a suffix are paths below ``root``; others are looked for in all folders below it. Names that
+    have no file are given as paths below ``root``, for the datamodule to refuse or skip.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: two files have the name of one image.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root} of images; check path and images")
+    if all(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in images):
+        return [root / name for name in images]
+    wanted, found = set(images), dict[str, Path]()
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.stem not in wanted:
+            continue
+        if file.stem in found:
+            raise ValueError(
+                f"image '{file.stem}' is both {found[file.stem]} and {file}; remove one, or write paths with "
+                "suffix into the table"
+            )
+        found[file.stem] = file
+    return [found.get(name, root / name) for name in images]

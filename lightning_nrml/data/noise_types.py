@@ -1,0 +1,128 @@
+"""What all label noise shares: the settings, the result and the random numbers."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+NoiseKind = Literal[
+    "none",
+    "symmetric",
+    "asymmetric",
+    "pair_flip",
+    "small_cluster",
+    "subtractive",
+    "additive",
+    "mixed",
+    "uniform",
+    "images",
+]
+#: kinds for ``(N, L)`` labels, see :mod:`lightning_nrml.data.multilabel_noise`
+MULTILABEL_KINDS = ("subtractive", "additive", "mixed", "uniform", "images")
+
+
+@dataclass(frozen=True)
+class NoisyLabels:
+    """Labels of a training set after noise, each array of shape ``(N,)``, or ``(N, L)`` for multi-label sets.
+
+    Args:
+        label: int64, the given (noisy) labels, all that a method may see.
+        clean_label: int64, the labels before noise, in *their* numbering.
+        is_noise: bool, whether the given label is wrong.
+        class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
+            classes (``small_cluster``); else ``None``.
+    """
+
+    label: np.ndarray
+    clean_label: np.ndarray
+    is_noise: np.ndarray
+    class_id: np.ndarray | None = None
+
+    @property
+    def true_label(self) -> np.ndarray:
+        """``clean_label`` in the numbering of ``label``; -1 where the true class is not in the label set.
+
+        ``label == true_label`` exactly where ``is_noise`` is false, for every kind of noise.
+        """
+        if self.class_id is None:
+            return self.clean_label
+        lookup = np.full(int(max(self.clean_label.max(), self.class_id.max())) + 1, -1, dtype=np.int64)
+        lookup[self.class_id] = np.arange(len(self.class_id))
+        return lookup[self.clean_label]
+
+    def to_columns(self) -> dict[str, np.ndarray]:
+        """Columns for ``data.tables.write_label_table``; ``NoiseConfig.table`` reads the file back."""
+        return {
+            "index": np.arange(len(self.label)),
+            "label": self.label,
+            "clean_label": self.clean_label,
+            "is_noise": self.is_noise,
+        }
+
+
+@dataclass
+class NoiseConfig:
+    """Which noise the training labels get.
+
+    Args:
+        kind: ``none``, ``symmetric``, ``asymmetric``, ``pair_flip`` or ``small_cluster``; for multi-label
+            sets ``subtractive``, ``additive``, ``mixed``, ``uniform`` or ``images``.
+        rate: in [0, 1]: probability of a wrong label; for ``small_cluster`` the share of the classes that
+            are dissolved; for ``subtractive``, ``additive`` and ``mixed`` flips over positives of each class;
+            for ``images`` the share of images and of their labels. Not used by ``none`` and ``table``.
+        seed: not negative; the same seed gives the same labels everywhere.
+        mapping: for ``asymmetric``: wrong class by right class.
+        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``.
+        column: the table's column that holds the labels; not used by multi-label sets, whose tables have a
+            column for every label.
+        additive_rate: for ``mixed``: rate of the added labels, if not ``rate``, which the removed ones have.
+    """
+
+    kind: NoiseKind = "none"
+    rate: float = 0.0
+    seed: int = 0
+    mapping: dict[int, int] | None = None
+    table: str | None = None
+    column: str = "label"
+    additive_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        kinds = get_args(NoiseKind)
+        if self.kind not in kinds:
+            near = difflib.get_close_matches(str(self.kind), kinds, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"noise.kind must be one of {', '.join(kinds)}, got '{self.kind}'{hint}")
+        check_rate("noise.rate", self.rate)
+        check_seed("noise.seed", self.seed)
+        if self.table is not None and self.kind != "none":
+            raise ValueError(
+                f"noise.table replaces the labels, so noise.kind must be 'none' with it, got '{self.kind}'"
+            )
+        if self.kind == "asymmetric" and not self.mapping:
+            raise ValueError("noise.kind 'asymmetric' needs noise.mapping, such as {7: 1, 2: 7}")
+        if self.additive_rate is not None:
+            if self.kind != "mixed":
+                raise ValueError(f"noise.additive_rate needs noise.kind 'mixed', got '{self.kind}'")
+            check_rate("noise.additive_rate", self.additive_rate)
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raise ``ValueError`` unless ``rate`` lies in [0, 1]."""
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {rate}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ``ValueError`` if ``seed`` is negative."""
+    if seed < 0:
+        raise ValueError(f"{name} must not be negative, got {seed}")
+
+
+def uniform(seed: int, rows: int, num_samples: int) -> np.ndarray:
+    """``(rows, num_samples)`` float64 in [0, 1), 53 random bits each."""
+    check_seed("seed", seed)
+    bits = np.random.PCG64(seed).random_raw(rows * num_samples).reshape(rows, num_samples)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,196 @@
+"""Rasters of any number of bands (GeoTIFF and whatever else rasterio reads), and statistics of bands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrml.data.sources import BadImageError, ImageSource
+from lightning_nrml.data.views.base import as_float
+
+#: images decoded at a time for statistics
+_CHUNK = 64
+
+
+class RasterSource(ImageSource):
+    """Raster files, one per image, as float32 in the units of the files.
+
+    A file that is missing, cannot be read, lacks a band, has another size than the first one (without
+    ``image_size``), or holds NaN, infinity or nodata pixels is refused by name.
+
+    Args:
+        paths: one per image.
+        bands: numbers of the bands to read, from 1, in this order; ``None`` = all of the first file, which
+            all others must have, too.
+        image_size: side of the square to resize to (antialiased bilinear); ``None`` keeps the stored size.
+
+    Raises:
+        ValueError: a band number is below 1 or named twice.
+        BadImageError: no file can be opened.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self, paths: Sequence[str | Path], bands: Sequence[int] | None = None, image_size: int | None = None
+    ) -> None:
+        if bands is not None and (not bands or min(bands) < 1 or len(set(bands)) != len(bands)):
+            raise ValueError(f"bands are numbered from 1 and named once each, got {list(bands)}")
+        self.paths = np.asarray([str(p) for p in paths], dtype=np.str_)
+        shape = self._first_shape()
+        self.bands = list(range(1, shape[0] + 1)) if bands is None else list(bands)
+        self.all_bands = bands is None
+        self.channels = len(self.bands)
+        self.image_size = image_size
+        self.size = shape[1:] if image_size is None else (image_size, image_size)
+
+    def _first_shape(self) -> tuple[int, int, int]:
+        import rasterio
+
+        for path in self.paths:
+            try:
+                with rasterio.open(str(path)) as file:
+                    return int(file.count), int(file.height), int(file.width)
+            except (rasterio.errors.RasterioError, OSError):
+                continue
+        first = f", such as {self.paths[0]}" if len(self.paths) else ""
+        raise BadImageError(f"none of the {len(self.paths)} rasters can be opened{first}; check the path")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, row: int) -> str:
+        return str(self.paths[row])
+
+    def missing(self) -> list[int]:
+        return [row for row, path in enumerate(self.paths) if not Path(path).is_file()]
+
+    def subset(self, rows: np.ndarray) -> RasterSource:
+        bands = None if self.all_bands else self.bands
+        return RasterSource(self.paths[rows].tolist(), bands, self.image_size)
+
+    def get(self, indices: Sequence[int]) -> Tensor:
+        images = [self.decode(row) for row in indices]
+        return torch.stack(images) if images else torch.empty((0, self.channels, *(self.size or (0, 0))))
+
+    def decode(self, row: int) -> Tensor:
+        """One image as float32 ``(channels, H, W)``."""
+        import rasterio
+
+        try:
+            with rasterio.open(str(self.paths[row])) as file:
+                self._check_shape(row, file.count, (file.height, file.width))
+                pixels = file.read(self.bands)
+                nodata = [file.nodatavals[band - 1] for band in self.bands]
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise BadImageError(
+                f"cannot read {self.name(row)} ({type(error).__name__}: {error}); mend or remove it, or set "
+                "on_bad_image: skip"
+            ) from error
+        self._check_pixels(row, pixels, nodata)
+        image = torch.from_numpy(pixels.astype(np.float32))
+        if self.size is not None and image.shape[1:] != self.size:
+            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
+        return image
+
+    def _check_shape(self, row: int, count: int, size: tuple[int, int]) -> None:
+        if count < max(self.bands) or (self.all_bands and count != self.channels):
+            raise BadImageError(
+                f"{self.name(row)} has {count} bands, but bands {self.bands} are asked for; mend or remove "
+                "it, or set bands"
+            )
+        if self.image_size is None and size != self.size:
+            raise BadImageError(
+                f"{self.name(row)} is {size[0]} x {size[1]}, but the first raster is {self.size}; set "
+                "image_size to bring all to one size"
+            )
+
+    def _check_pixels(self, row: int, pixels: np.ndarray, nodata: list[float | None]) -> None:
+        for band, plane, empty in zip(self.bands, pixels, nodata, strict=True):
+            bad = ~np.isfinite(plane)
+            if empty is not None and np.isfinite(empty):
+                bad |= plane == empty
+            if bad.any():
+                raise BadImageError(
+                    f"{self.name(row)}, band {band}: {int(bad.sum())} of {bad.size} pixels are NaN, infinite "
+                    f"or nodata ({empty}); fill or remove it, or set on_bad_image: skip"
+                )
+
+
+def band_statistics(images: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation of every band over all pixels, in one pass.
+
+    uint8 images count in units of [0, 1], as views scale them. A constant band gets the deviation 1, for it
+    is to be divided by. Unreadable images are left out.
+    """
+    total = torch.zeros(2, images.channels, dtype=torch.float64)
+    shift, pixels = torch.zeros(images.channels, dtype=torch.float64), 0
+    for start in range(0, len(images), _CHUNK):
+        batch = _readable(images, range(start, min(start + _CHUNK, len(images))))
+        if batch is None:
+            continue
+        values = as_float(batch).double()
+        if pixels == 0:
+            shift = values.mean(dim=(0, 2, 3))  # sums of squares about the mean lose no digits
+        values = values - shift[:, None, None]
+        total += torch.stack([values.sum(dim=(0, 2, 3)), (values**2).sum(dim=(0, 2, 3))])
+        pixels += values[:, 0].numel()
+    if pixels == 0:
+        raise BadImageError(f"none of the {len(images)} images can be read, such as {images.name(0)}")
+    mean, square = total / pixels
+    std = (square - mean**2).clamp(min=0).sqrt()
+    std = torch.where(std > 0, std, 1.0)
+    return tuple((mean + shift).tolist()), tuple(std.tolist())
+
+
+def _readable(images: ImageSource, rows: range) -> Tensor | None:
+    try:
+        return images.get(rows)
+    except BadImageError:
+        found = []
+        for row in rows:
+            try:
+                found.append(images.get([row]))
+            except BadImageError:
+                continue
+        return torch.cat(found) if found else None
+
+
+def cached_statistics(
+    images: ImageSource, files: Sequence[str], folder: Path
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """:func:`band_statistics`, kept in ``folder`` under a hash of what they depend on.
+
+    Args:
+        images: the training images.
+        files: the paths behind them; name, size and time of change enter the hash.
+        folder: made if it is not there. If it cannot be written, nothing is kept.
+    """
+    digest = hashlib.sha256(repr((images.channels, images.size, str(images.dtype))).encode())
+    digest.update(repr(getattr(images, "bands", None)).encode())
+    for name in files:
+        path = Path(name)
+        stat = path.stat() if path.is_file() else None
+        digest.update(repr((str(path.resolve()), stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    file = folder.expanduser() / f"bands_{digest.hexdigest()[:16]}.json"
+    if file.is_file():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(saved["mean"]), tuple(saved["std"])
+    mean, std = band_statistics(images)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
+        partial.write_text(json.dumps({"mean": mean, "std": std}), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        pass
+    return mean, std

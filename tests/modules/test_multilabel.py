@@ -1,0 +1,196 @@
+"""MultiLabel, JoCoR and RCML: one real step equals the loss, resume is bit for bit, evaluation, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_state, state_of, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_nrml.callbacks import MultiLabelEvaluator
+from lightning_nrml.data import NoiseConfig, NRMLDataModule, Split, Splits
+from lightning_nrml.data.multilabel_noise import apply_multilabel_noise
+from lightning_nrml.data.sources import MemorySource
+from lightning_nrml.data.views import MetricView
+from lightning_nrml.metrics import multilabel_metrics
+from lightning_nrml.modules import RCML, EmbeddingModule, JoCoR, MultiLabel
+from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
+
+LABELS = 3
+MODULES: dict[str, tuple[type[EmbeddingModule], dict[str, Any]]] = {
+    "bce": (MultiLabel, {}),
+    "asl": (MultiLabel, {"loss": "asl"}),
+    "elr": (MultiLabel, {"loss": "elr", "loss_kwargs": {"lam": 1.0}}),
+    "sat": (MultiLabel, {"loss": "sat", "loss_kwargs": {"warmup_epochs": 1}}),
+    "jocor": (JoCoR, {"forget_rate": 0.3, "ramp_epochs": 2}),
+    "rcml": (RCML, {"keep_start": 1.0, "keep_end": 0.5, "feature_layer": "body.2", "sigma": 50.0}),
+}
+EVERY = pytest.mark.parametrize("name", MODULES)
+
+
+class Squares(NRMLDataModule):
+    """8 x 8 images; label c = a bright square in corner c."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            **{"batch_size": 16, "train_view": MetricView(8, crop_scale=None, flip=0.0), **kwargs}
+        )
+
+    def load_splits(self) -> Splits:
+        g = torch.Generator().manual_seed(0)
+        label = (torch.rand(144, LABELS, generator=g) < 0.4).numpy().astype(np.int64)
+        pixels = torch.randint(0, 120, (144, 1, 8, 8), generator=g, dtype=torch.uint8)
+        for c, (y, x) in enumerate(((0, 0), (0, 5), (5, 0))):
+            pixels[label[:, c] == 1, 0, y : y + 3, x : x + 3] += 100
+        parts = [
+            Split(MemorySource(pixels[r]), label[r]) for r in (slice(96), slice(96, 120), slice(120, 144))
+        ]
+        return Splits(parts[0], parts[2], LABELS, parts[1], ["a", "b", "c"])
+
+    def inject_noise(self, train: Split, num_classes: int) -> Any:
+        return apply_multilabel_noise(train.label, self.noise)
+
+
+def data(**kwargs: Any) -> Squares:
+    return Squares(**{"noise": NoiseConfig("mixed", 0.3, 1), **kwargs})
+
+
+def module(name: str, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    cls, own = MODULES[name]
+    options: dict[str, Any] = {
+        "backbone": "conv4",
+        "backbone_kwargs": {"input_size": 8, "widths": [8, 16], "strides": [1, 2]},
+        "in_channels": 1,
+        "num_classes": LABELS,
+        "optimizer": OptimizerConfig("adam", 5e-3),
+        "schedule": ScheduleConfig("constant", 0),
+    }
+    return cls(**{**options, **own, **kwargs})
+
+
+def fit(folder: Path, name: str, resume: Path | None = None) -> tuple[Any, Any]:
+    net = module(name)
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    run = trainer(folder, 4, [MultiLabelEvaluator(per_class=True), saver])
+    run.fit(net, data(), ckpt_path=resume, weights_only=False if resume else None)
+    return net, run
+
+
+@EVERY
+def test_learns_logs_and_resumes_bit_for_bit(tmp_path, name):
+    whole, run = fit(tmp_path / "whole", name)
+    logged = run.callback_metrics
+    prevalence = data().splits.val.label.mean()
+    assert float(logged["val/map_macro"]) > prevalence + 0.2
+    assert {"val/map_micro", "val/f1_macro", "val/calibration_gap", "val/ap/a", "train/loss"} <= logged.keys()
+    extra = {
+        "jocor": {"train/forget_rate", "train/kept_positives"},
+        "rcml": {"train/loss_1", "train/disparity"},
+    }
+    assert extra.get(name, set()) <= logged.keys()
+    if name in extra:
+        assert "val/map_micro_2" in logged
+    if name == "jocor":
+        assert float(logged["train/forget_rate"]) == pytest.approx(0.3)
+    resumed, again = fit(tmp_path / "half", name, tmp_path / "whole" / "1.ckpt")
+    assert again.global_step == run.global_step == 24
+    assert_same_state(state_of(whole), state_of(resumed))
+    assert float(again.callback_metrics["val/map_micro"]) == float(logged["val/map_micro"])
+    if name in ("elr", "sat"):
+        saved = torch.load(tmp_path / "whole" / "1.ckpt", weights_only=False)
+        assert saved["state_dict"]["loss.target"].shape == (96, LABELS)
+        loaded = MultiLabel.load_from_checkpoint(tmp_path / "whole" / "3.ckpt", weights_only=False)
+        assert_same_state(state_of(whole), state_of(loaded))
+
+
+@EVERY
+def test_first_step_equals_the_loss_by_hand(tmp_path, name):
+    net = module(name)
+    run = trainer(tmp_path, 1, max_steps=1, limit_val_batches=0)
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    run.fit(net, data())
+    fresh = data()  # the fitted one would go on after the first batch
+    batch = fresh.apply_views(next(iter(fresh.train_dataloader())), training=False)
+    copy = module(name)
+    copy.load_state_dict({k: v for k, v in start.items() if "target" not in k}, strict=False)
+    x, label = batch["image"], batch["label"]
+    z = copy.classifier(copy.backbone(x))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    got = float(run.callback_metrics["train/loss"])
+    if name in ("bce", "sat"):
+        assert got == pytest.approx(bce(z, label.float()).item(), rel=1e-5)
+    if name == "elr":
+        p = z.sigmoid()
+        assert got == pytest.approx((bce(z, label.float()) + (1 - 0.3 * p * p).log().mean()).item(), rel=1e-5)
+    if name == "jocor":
+        z2 = copy.classifier_2(copy.backbone_2(x))
+        j = ((z.sigmoid() - z2.sigmoid()) * (z - z2)).mean()
+        want = 0.9 * (bce(z, label.float()) + bce(z2, label.float())) + 0.1 * j
+        assert got == pytest.approx(want.item(), rel=1e-5)
+    if name == "rcml":
+        assert float(run.callback_metrics["train/disparity"]) > 0
+
+
+def test_sat_does_not_add_errors_to_the_labels(tmp_path):
+    net, _ = fit(tmp_path, "sat")
+    noisy, clean = data().train_label, data().train_clean_label
+    seen = ~net.loss.target.isnan()
+    assert seen.all(), "every training sample was visited after the warm-up"
+    fixed = net.loss.corrected(noisy)
+    before, after = (noisy != clean).sum().item(), (fixed != clean).sum().item()
+    assert after <= before
+
+
+def test_test_run_uses_the_thresholds_of_the_validation(tmp_path):
+    net, run = fit(tmp_path, "bce")
+    evaluator = next(c for c in run.callbacks if isinstance(c, MultiLabelEvaluator))
+    fresh = MultiLabelEvaluator()
+    fresh.load_state_dict(evaluator.state_dict())
+    test = trainer(tmp_path, 1, [fresh])
+    (got,) = test.test(net, data(), verbose=False)
+    source = data()
+    source.setup("test")
+    batch = source.apply_views(next(iter(source.test_dataloader())), training=False)
+    prob = net.eval().predictions(batch["image"])["probability"].detach()
+    want = multilabel_metrics(prob, batch["label"], class_threshold=evaluator.class_threshold)
+    for key in ("map_macro", "map_micro", "f1_macro", "f1_macro_tuned", "f1_micro_tuned", "calibration_gap"):
+        assert got[f"test/{key}"] == pytest.approx(want[key], abs=1e-6), key
+    assert fresh.best["map_macro"] == max(fresh.best["map_macro"], fresh.last["map_macro"])
+
+
+def test_two_networks_differ_and_each_can_be_asked():
+    x = torch.rand(5, 1, 8, 8)
+    for name in ("jocor", "rcml"):
+        out = {e: module(name, evaluate=e).eval().predictions(x) for e in ("mean", "first", "second")}
+        one, two = out["mean"]["probability_1"], out["mean"]["probability_2"]
+        assert (one - two).abs().max() > 1e-3
+        assert torch.equal(out["first"]["probability"], one)
+        assert torch.equal(out["second"]["probability"], two)
+        assert torch.equal(out["mean"]["probability"], (one + two) / 2)
+        second = module(name, evaluate="second").eval()
+        assert second.to_backbone() is second.backbone_2
+        assert torch.equal(second.embed(x), out["second"]["embedding"])
+    torch.manual_seed(0)
+    assert RCML("resnet10t", num_classes=2, in_channels=5).feature_layer == "layer1"
+
+
+def test_errors_say_what_is_accepted():
+    for call, words in {
+        lambda: module("bce", num_classes=None): "num_classes",
+        lambda: module("bce", loss="mse"): "choose one of bce, elr, sat, asl",
+        lambda: module("elr", loss_kwargs={"momentum": 1}): "'momentum' is no argument of loss 'elr'.*lam",
+        lambda: module("jocor", evaluate="best"): "choose mean, first or second",
+        lambda: module("rcml", keep_end=0.0): "keep_end must lie",
+        lambda: module("rcml", feature_layer="body.x"): "nearest: body",
+        lambda: module("rcml", feature_layer=None): "set feature_layer",
+        lambda: MultiLabelEvaluator(monitor="recall@1"): "choose one of map_macro",
+        lambda: MultiLabelEvaluator(threshold=2): "threshold",
+        lambda: MultiLabelEvaluator(every_n_epochs=0): "every_n_epochs",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
