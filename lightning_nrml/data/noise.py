@@ -38,12 +38,14 @@ class NoisyLabels:
         is_noise: bool, whether the given label is wrong.
         class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
             classes (``small_cluster``); else ``None``.
+        keep: bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
     """
 
     label: np.ndarray
     clean_label: np.ndarray
     is_noise: np.ndarray
     class_id: np.ndarray | None = None
+    keep: np.ndarray | None = None
 
     @property
     def true_label(self) -> np.ndarray:
@@ -77,7 +79,8 @@ class NoiseConfig:
             that are dissolved. Not used by ``none`` and ``table``.
         seed: not negative; the same seed gives the same labels everywhere.
         mapping: for ``asymmetric``: wrong class by right class.
-        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``.
+        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
+            whose ``keep`` is false are left out of training.
         column: the table's column that holds the labels.
     """
 
@@ -369,10 +372,14 @@ def _from_table(
                 f"{frame['clean_label'].iloc[where]}, but the dataset says {clean[where]} for index {where}; "
                 "the table was made for another order of the samples (else drop the column)"
             )
+    keep = frame["keep"].to_numpy(dtype=bool) if "keep" in frame.columns else None
+    if keep is not None and not keep.any():
+        raise ValueError(f"label table '{config.table}', column 'keep' leaves no sample to train on")
     if "is_noise" not in frame.columns:
-        return NoisyLabels(label, clean, label != clean)
+        return NoisyLabels(label, clean, label != clean, keep=keep)
     is_noise = frame["is_noise"].to_numpy(dtype=bool)
-    return NoisyLabels(label, clean, is_noise, _renumbering(label, clean, is_noise, config.table))
+    class_id = _renumbering(label, clean, is_noise, config.table)
+    return NoisyLabels(label, clean, is_noise, class_id, keep)
 
 
 def _renumbering(
