@@ -33,7 +33,18 @@ _HOME = {
     "StepOutput": "types",
     "select": "filters.chain",
 }
-_ROOMS = ("audit", "callbacks", "data", "filters", "losses", "memory", "metrics", "models", "modules", "optim")
+_ROOMS = (
+    "audit",
+    "callbacks",
+    "data",
+    "filters",
+    "losses",
+    "memory",
+    "metrics",
+    "models",
+    "modules",
+    "optim",
+)
 
 __all__ = [
     "Batch",

@@ -160,7 +160,7 @@ def _records(shown: pd.DataFrame, facts: ReportFacts, label: pd.Series) -> list[
 
 
 def _thumbnails(shown: pd.DataFrame, facts: ReportFacts, images: Images) -> tuple[dict[str, str], bool]:
-    """Data URIs by sample index, decoded 64 at a time; and whether the images are small enough to be pixels."""
+    """Data URIs by sample index, decoded 64 at a time; and whether the images are tiny."""
     suspects = shown["index"].tolist()
     near = {i for s in suspects for i, _ in facts.neighbours.get(int(s), [])} - set(suspects)
     found: dict[str, str] = {}
@@ -241,7 +241,7 @@ def _confusion(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _histogram(frame: pd.DataFrame, calibrated: bool) -> dict[str, Any]:
-    """Counts of P_clean (of the log score, if that is no probability), and of really wrong ones in each bin."""
+    """Counts of P_clean (of the score, if that is no probability), and of really wrong ones in each bin."""
     judged = _doubtful(frame)
     score = judged["log_p_clean"].to_numpy(dtype=np.float64)
     if not len(score):

@@ -62,7 +62,9 @@ class AuditOptions:
                 f"({self.neighbours}) at least 0."
             )
         if self.review is not None and not Path(self.review).is_file():
-            raise FileNotFoundError(f"review '{self.review}' does not exist; give the CSV that a report saved.")
+            raise FileNotFoundError(
+                f"review '{self.review}' does not exist; give the CSV that a report saved."
+            )
 
 
 @dataclass
@@ -190,7 +192,11 @@ def _method(scores: AuditScores, options: AuditOptions) -> dict[str, str]:
 def _spread(judged: AuditScores, at: Tensor, num_samples: int) -> AuditScores:
     """The scores of all samples, on the CPU, from those of the samples ``at``."""
     columns = []
-    for value, empty in ((judged.log_p_clean, torch.nan), (judged.suggested, -1), (judged.confidence, torch.nan)):
+    for value, empty in (
+        (judged.log_p_clean, torch.nan),
+        (judged.suggested, -1),
+        (judged.confidence, torch.nan),
+    ):
         column = torch.full((num_samples,), empty, dtype=value.dtype)
         column[at] = value.cpu()
         columns.append(column)

@@ -140,7 +140,7 @@ def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int
 
 
 def _centres(problem: _Problem, use: Tensor) -> tuple[Tensor, Tensor]:
-    """``(C, D)`` unit directions of the classes and the ``(D,)`` grand mean, over the samples ``use`` (bool)."""
+    """``(C, D)`` unit directions of the classes and the ``(D,)`` grand mean, over the samples ``use``."""
     size = (problem.num_classes, problem.row.shape[1])
     row, label = problem.row[use], problem.label[use]
     total = row.new_zeros(size).index_add_(0, label, row)
@@ -232,7 +232,7 @@ def _judge(problem: _Problem, theta: Tensor) -> AuditScores:
 
 
 def mixture_rate(score: Tensor, max_rows: int = 100_000) -> float:
-    """Share of the lower component of two Gaussians fitted to scores: a noise rate where nothing else is known.
+    """Share of the lower of two Gaussians fitted to scores: a noise rate where nothing else is known.
 
     Args:
         score: ``(N,)`` scores that rise with the trust in a label, such as a ledger's; NaN rows are left out.

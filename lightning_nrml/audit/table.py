@@ -117,7 +117,9 @@ def corrected_labels(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is a probability in [0, 1], got {value}")
     if rule == "relabel" and "confidence" not in frame.columns:
-        raise ValueError("rule 'relabel' needs the confidence of the suggestions, which a ledger lacks: use 'drop'")
+        raise ValueError(
+            "rule 'relabel' needs the confidence of the suggestions, which a ledger lacks: use 'drop'"
+        )
     given, suggested = frame["label"].to_numpy(), frame["suggested_label"].to_numpy()
     doubted = np.exp(frame["log_p_clean"].to_numpy(dtype=np.float64)) < below  # False for NaN
     doubted &= suggested != given
@@ -153,12 +155,16 @@ def apply_review(table: pd.DataFrame, review: str | os.PathLike[str]) -> pd.Data
     seen = read_label_table(review)
     for column in ("index", "keep", "mark"):
         if column not in seen.columns:
-            raise ValueError(f"review '{review}' has no column '{column}'; give the CSV that the report saved")
+            raise ValueError(
+                f"review '{review}' has no column '{column}'; give the CSV that the report saved"
+            )
     seen = seen[seen["mark"].isin(MARKS)]
     unknown = ~seen["index"].isin(table["index"]).to_numpy()
     if unknown.any():
         row = int(seen["index"].to_numpy()[unknown][0])
-        raise ValueError(f"review '{review}' names index {row}, which the table has not; it is of another run")
+        raise ValueError(
+            f"review '{review}' names index {row}, which the table has not; it is of another run"
+        )
     out = table.set_index("index")
     at = seen["index"].to_numpy()
     changed = seen["label"].to_numpy() != out.loc[at, "given_label"].to_numpy()

@@ -6,4 +6,11 @@ from lightning_nrml.callbacks.noise_report import NoiseReport
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
 
-__all__ = ["PRISM", "KnownClean", "NoiseFilterCallback", "NoiseReport", "PredictionWriter", "RetrievalEvaluator"]
+__all__ = [
+    "PRISM",
+    "KnownClean",
+    "NoiseFilterCallback",
+    "NoiseReport",
+    "PredictionWriter",
+    "RetrievalEvaluator",
+]

@@ -83,7 +83,9 @@ class NoiseReport(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             facts = {"run": trainer.default_root_dir, "trained": f"{trainer.current_epoch} epochs"}
             columns = self._columns(pl_module)
-            result = write_audit(embedding, index, data, folder, self.options, trainer.loggers, facts, columns)
+            result = write_audit(
+                embedding, index, data, folder, self.options, trainer.loggers, facts, columns
+            )
             for line in summary_lines(result):
                 rank_zero_info(line)
         distributed.barrier()

@@ -24,7 +24,7 @@ class PredictionCollector(Callback):
     one.
 
     Attributes:
-        arrays: after the run, on rank 0: ``embedding`` ``(N, D)``, ``index`` ``(N,)`` and, if known, ``label``.
+        arrays: after the run, on rank 0: ``embedding`` ``(N, D)``, ``index`` ``(N,)``, ``label`` if known.
     """
 
     def __init__(self) -> None:

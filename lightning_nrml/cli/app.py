@@ -268,7 +268,11 @@ def _with_checkpoint_of_run(args: list[str]) -> list[str]:
     if found is None:
         return args
     return [
-        str(found) if before == "--ckpt_path" else f"--ckpt_path={found}" if arg == f"--ckpt_path={value}" else arg
+        str(found)
+        if before == "--ckpt_path"
+        else f"--ckpt_path={found}"
+        if arg == f"--ckpt_path={value}"
+        else arg
         for before, arg in zip(["", *args], args, strict=False)
     ]
 
