@@ -47,7 +47,18 @@ _HOME = {
     "SwAV": "modules.swav",
     "select": "filters.chain",
 }
-_ROOMS = ("callbacks", "data", "filters", "losses", "memory", "metrics", "models", "modules", "optim")
+_ROOMS = (
+    "audit",
+    "callbacks",
+    "data",
+    "filters",
+    "losses",
+    "memory",
+    "metrics",
+    "models",
+    "modules",
+    "optim",
+)
 
 __all__ = [
     "BYOL",

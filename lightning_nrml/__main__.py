@@ -15,6 +15,8 @@ nrml: noise-robust metric learning
   nrml validate --config NAME|FILE --ckpt_path best|last|PATH  measure on the validation split
   nrml test     --config NAME|FILE --ckpt_path best|last|PATH  measure on the test split
   nrml predict  --config NAME|FILE --ckpt_path best|last|PATH  compute embeddings
+  nrml audit    --ckpt_path RUN|FILE                           rank wrong labels, write a report
+  nrml audit    --ledger RUN|FILE                              the same from a run's ledger alone
   nrml recipes  ls | show NAME | cp NAME FILE | validate NAME|FILE
 
   nrml fit --help                      all options
@@ -45,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_nrml.cli.recipes import main as recipes_main
 
         return recipes_main(args[1:])
+    if args[0] == "audit" and any(arg.partition("=")[0] == "--ledger" for arg in args):
+        from lightning_nrml.cli.audit_ledger import main as ledger_main
+
+        return ledger_main(args[1:])
     from lightning_nrml.cli.app import run
 
     return run(args)

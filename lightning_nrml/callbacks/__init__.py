@@ -13,6 +13,7 @@ from lightning_nrml.callbacks.health import RepresentationHealth
 from lightning_nrml.callbacks.knn import OnlineKNN
 from lightning_nrml.callbacks.multilabel import MultiLabelEvaluator
 from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
+from lightning_nrml.callbacks.noise_report import NoiseReport
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.probe import OnlineLinearProbe
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
@@ -26,6 +27,7 @@ __all__ = [
     "LossQuantile",
     "MultiLabelEvaluator",
     "NoiseFilterCallback",
+    "NoiseReport",
     "OnlineKNN",
     "OnlineLinearProbe",
     "PRISM",

@@ -389,6 +389,10 @@ def _tell_sampler(trainer: Trainer, pl_module: LightningModule) -> None:
             "(all datamodules of lightning_nrml have one); use granularity='batch' with this one."
         )
     target.copy_(cast(FeatureBank, pl_module.feature_bank).drawn)  # type: ignore[arg-type]
+    splits = getattr(trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
+    listed = getattr(getattr(splits, "train", None), "keep", None)
+    if listed is not None:  # a label table left samples out for good
+        target &= torch.as_tensor(listed)
 
 
 def _train_label(trainer: Trainer) -> Tensor:

@@ -17,20 +17,18 @@ from lightning_nrml import distributed
 KEYS = ("embedding", "index", "label", "probability")
 
 
-class PredictionWriter(Callback):
-    """Writes the embeddings of a predict run and a table that says whose they are.
+class PredictionCollector(Callback):
+    """Gathers the embeddings of a predict run over the ranks, in the order of ``index``.
 
-    ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label``,
-    ``probability`` and ``path`` where they are known) tells which image row i belongs to. Rows are in the
-    order of ``index``; those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with
-    ``embedding`` and ``index``, and ``label`` and ``probability`` if there are any.
+    Reads what ``predict_step`` returns: a dict with ``embedding`` and ``index``, and ``label`` and
+    ``probability`` if there are any.
 
-    Args:
-        folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
+    Attributes:
+        arrays: after the run, on rank 0: ``embedding`` ``(N, D)``, ``index`` ``(N,)``, ``label`` if known.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
         self._parts: dict[str, list[Tensor]] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,14 +52,14 @@ class PredictionWriter(Callback):
         if not isinstance(outputs, dict) or not {"embedding", "index"} <= outputs.keys():
             raise TypeError(
                 f"{type(pl_module).__name__}.predict_step must return a dict with 'embedding' and 'index' "
-                "for PredictionWriter; extend EmbeddingModule, or write your own callback."
+                f"for {type(self).__name__}; extend EmbeddingModule, or write your own callback."
             )
         for key in KEYS:
             if key in outputs:
                 self._parts.setdefault(key, []).append(outputs[key].detach().cpu())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather over the ranks and write, on rank 0."""
+        """Gather over the ranks."""
         # a rank without rows takes its shapes from rank 0, which has the first ones
         shapes = {key: (part[0].shape[1:], part[0].dtype) for key, part in self._parts.items()}
         columns = {}
@@ -72,7 +70,31 @@ class PredictionWriter(Callback):
         if not columns or not trainer.is_global_zero:
             return
         order = columns["index"].argsort(stable=True)
-        arrays = {key: value[order].cpu().numpy() for key, value in columns.items()}
+        self.arrays = {key: value[order].cpu().numpy() for key, value in columns.items()}
+
+
+class PredictionWriter(PredictionCollector):
+    """Writes the embeddings of a predict run and a table that says whose they are.
+
+    ``embeddings.npy`` is float32 ``(N, D)``; row i of ``index.parquet`` (columns ``index``, ``label``,
+    ``probability`` and ``path`` where they are known) tells which image row i belongs to. Rows are in the
+    order of ``index``; those of all ranks are gathered. Reads what ``predict_step`` returns: a dict with
+    ``embedding`` and ``index``, and ``label`` and ``probability`` if there are any.
+
+    Args:
+        folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather over the ranks and write, on rank 0."""
+        super().on_predict_end(trainer, pl_module)
+        arrays, self.arrays = self.arrays, {}
+        if not arrays:
+            return
         folder = Path(self.folder or Path(trainer.default_root_dir, "predict"))
         paths = getattr(getattr(trainer, "datamodule", None), "predict_paths", None)
         write_predictions(folder, arrays, paths)

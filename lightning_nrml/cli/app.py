@@ -34,11 +34,13 @@ from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
     check_writable,
+    checkpoint_of_run,
     config_beside,
     default_run_folder,
     resolve_checkpoint,
 )
 from lightning_nrml.cli.save_config import RunConfig
+from lightning_nrml.cli.trainer import NRMLTrainer
 
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
@@ -65,7 +67,8 @@ class NRMLCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         load_classes()
-        self.arguments = _with_saved_config(expand_configs(sys.argv[1:] if args is None else args))
+        given = expand_configs(sys.argv[1:] if args is None else args)
+        self.arguments = _with_saved_config(_with_checkpoint_of_run(given))
         self.run_folder = Path("runs")
         self._ckpt_path: str | None = None
         self._borrowed_ids: list[Namespace] = []
@@ -79,6 +82,7 @@ class NRMLCLI(LightningCLI):
             super().__init__(
                 model_class=LightningModule,
                 datamodule_class=LightningDataModule,
+                trainer_class=NRMLTrainer,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=RunConfig,
@@ -89,6 +93,11 @@ class NRMLCLI(LightningCLI):
                 run=run,
                 auto_configure_optimizers=False,
             )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and ``audit``, with the arguments that the config does not give."""
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints, run card and the links from data to model."""
@@ -250,6 +259,22 @@ def load_classes() -> None:
             raise UserError(
                 f"The installed filter plug-in '{point.name}' ({point.value}) cannot be imported: {error}."
             ) from error
+
+
+def _with_checkpoint_of_run(args: list[str]) -> list[str]:
+    """``nrml audit --ckpt_path runs/x`` means the best checkpoint of that run."""
+    value = option(args, "--ckpt_path") if args and args[0] == "audit" else None
+    found = checkpoint_of_run(Path(value)) if value and Path(value).is_dir() else None
+    if found is None:
+        return args
+    return [
+        str(found)
+        if before == "--ckpt_path"
+        else f"--ckpt_path={found}"
+        if arg == f"--ckpt_path={value}"
+        else arg
+        for before, arg in zip(["", *args], args, strict=False)
+    ]
 
 
 def _with_saved_config(args: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from lightning_nrml.cli.schema import (
     lightning_folder,
 )
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "audit")
 OWN_SECTIONS = {
     "checkpoint_last": "lightning_nrml.callbacks.checkpoint.LastCheckpoint",
     "checkpoint_best": "lightning_nrml.callbacks.checkpoint.BestCheckpoint",
@@ -74,15 +74,15 @@ def check_config(path: Path) -> list[str]:
 
 @cache
 def _method_arguments() -> frozenset[str]:
-    """Arguments of ``Trainer.fit/validate/test/predict`` that a config may hold."""
+    """Arguments of the trainer's ``fit/validate/test/predict/audit`` that a config may hold."""
     folder = lightning_folder()
-    file = None if folder is None else folder / "trainer" / "trainer.py"
-    if file is None or not file.is_file():
-        return frozenset({"ckpt_path"})
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name in COMMANDS:
-            names |= {a.arg for a in node.args.args}
+    files = [Path(__file__).with_name("trainer.py")]
+    files += [] if folder is None else [folder / "trainer" / "trainer.py"]
+    names = {"ckpt_path"}
+    for file in filter(Path.is_file, files):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name in COMMANDS:
+                names |= {a.arg for a in node.args.args}
     loaders = {"self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
     return frozenset(names - loaders)
 

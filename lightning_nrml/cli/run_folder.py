@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_nrml.cli.errors import UserError
 
 CHECKPOINTS = "checkpoints"
-NEEDS_CHECKPOINT = ("validate", "test", "predict")
+NEEDS_CHECKPOINT = ("validate", "test", "predict", "audit")
 
 
 def default_run_folder(configs: list[str], model: str, data: str) -> Path:
@@ -83,3 +83,9 @@ def config_beside(ckpt_path: str) -> Path | None:
     """``<run>/config.yaml`` of a checkpoint ``<run>/checkpoints/x.ckpt``, if it is there."""
     config = Path(ckpt_path).parent.parent / "config.yaml"
     return config if Path(ckpt_path).is_file() and config.is_file() else None
+
+
+def checkpoint_of_run(folder: Path) -> Path | None:
+    """``best.ckpt``, else ``last.ckpt`` of the run in ``folder``."""
+    found = (folder / CHECKPOINTS / name for name in ("best.ckpt", "last.ckpt"))
+    return next((path for path in found if path.is_file()), None)

@@ -158,14 +158,20 @@ class NRMLDataModule(LightningDataModule):
             put_noise(splits, self.inject_noise(splits.train, splits.num_classes))
         for name, split in splits.items():
             setattr(splits, name, self._without_missing(name, split))
+        keep = splits.train.keep
         self._train_keep = torch.ones(len(splits.train), dtype=torch.bool)
+        if keep is not None:
+            self._train_keep.copy_(torch.as_tensor(keep))
         if splits.train.label.ndim == 1:
             warn_of_single_samples(splits.train.label)
         return splits
 
     def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
         """Labels of the train split after ``self.noise``; multi-label sets override this."""
-        if train.clean_label is not None:
+        truth = train.label
+        if train.clean_label is not None and self.noise.table is not None:
+            truth = train.clean_label  # the table replaces labels that are noisy already
+        elif train.clean_label is not None:
             raise ValueError(
                 f"{type(self).__name__}: the train labels are noisy already (a noise list or human labels); "
                 "leave noise unset, or load the clean labels"
@@ -173,7 +179,7 @@ class NRMLDataModule(LightningDataModule):
         embedding = None
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
-        return apply_noise(train.label, self.noise, num_classes, embedding, train.paths)
+        return apply_noise(truth, self.noise, num_classes, embedding, train.paths)
 
     def _without_missing(self, name: str, split: Split) -> Split:
         missing = split.images.missing()
@@ -233,7 +239,10 @@ class NRMLDataModule(LightningDataModule):
 
     @property
     def train_keep(self) -> Tensor:
-        """``(N,)`` bool; write ``False`` into it to keep samples out of the following epochs."""
+        """``(N,)`` bool; write ``False`` into it to keep samples out of the following epochs.
+
+        It starts with the ``keep`` column of the label table, if there is one.
+        """
         assert self.splits is not None  # loads them
         return self._train_keep
 
@@ -251,10 +260,12 @@ class NRMLDataModule(LightningDataModule):
     def noise_summary(self) -> dict[str, Any]:
         """What the run card and the logs say about the train labels.
 
-        ``rate_realised`` is the share of labels that differ from the clean ones, ``None`` if those are
-        not known; ``hash`` identifies the label column.
+        ``rate_realised`` is the share of labels that differ from the clean ones (of the samples that a label
+        table keeps), ``None`` if those are not known; ``hash`` identifies the label column.
         """
-        wrong = self.train_is_noise
+        wrong, keep = self.train_is_noise, self.splits.train.keep
+        if wrong is not None and keep is not None:
+            wrong = wrong[torch.as_tensor(keep)]
         return {
             "kind": self._noise_kind,
             "rate_requested": self.noise.rate,

@@ -296,10 +296,14 @@ def _from_table(
                 f"{frame['clean_label'].iloc[where]}, but the dataset says {clean[where]} for index {where}; "
                 "the table was made for another order of the samples (else drop the column)"
             )
+    keep = frame["keep"].to_numpy(dtype=bool) if "keep" in frame.columns else None
+    if keep is not None and not keep.any():
+        raise ValueError(f"label table '{config.table}', column 'keep' leaves no sample to train on")
     if "is_noise" not in frame.columns:
-        return NoisyLabels(label, clean, label != clean)
+        return NoisyLabels(label, clean, label != clean, keep=keep)
     is_noise = frame["is_noise"].to_numpy(dtype=bool)
-    return NoisyLabels(label, clean, is_noise, _renumbering(label, clean, is_noise, config.table))
+    class_id = _renumbering(label, clean, is_noise, config.table)
+    return NoisyLabels(label, clean, is_noise, class_id, keep)
 
 
 def _renumbering(

@@ -34,12 +34,14 @@ class NoisyLabels:
         is_noise: bool, whether the given label is wrong.
         class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
             classes (``small_cluster``); else ``None``.
+        keep: bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
     """
 
     label: np.ndarray
     clean_label: np.ndarray
     is_noise: np.ndarray
     class_id: np.ndarray | None = None
+    keep: np.ndarray | None = None
 
     @property
     def true_label(self) -> np.ndarray:
@@ -75,7 +77,8 @@ class NoiseConfig:
             for ``images`` the share of images and of their labels. Not used by ``none`` and ``table``.
         seed: not negative; the same seed gives the same labels everywhere.
         mapping: for ``asymmetric``: wrong class by right class.
-        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``.
+        table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
+            whose ``keep`` is false are left out of training.
         column: the table's column that holds the labels; not used by multi-label sets, whose tables have a
             column for every label.
         additive_rate: for ``mixed``: rate of the added labels, if not ``rate``, which the removed ones have.

@@ -23,12 +23,14 @@ class Split:
         label: ``(N,)`` integers (or ``(N, L)`` 0/1) as given.
         clean_label: the true labels if they are known and differ from ``label``.
         paths: names of the images for tables and galleries.
+        keep: ``(N,)`` bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
     """
 
     images: ImageSource
     label: np.ndarray
     clean_label: np.ndarray | None = None
     paths: list[str] | None = None
+    keep: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -40,6 +42,7 @@ class Split:
             self.label[rows],
             None if self.clean_label is None else self.clean_label[rows],
             None if self.paths is None else [self.paths[i] for i in rows],
+            None if self.keep is None else self.keep[rows],
         )
 
 
@@ -116,18 +119,19 @@ def split_by_rows(
     where: str = "the data set",
     clean_label: np.ndarray | None = None,
     paths: Sequence[str] | None = None,
+    keep: np.ndarray | None = None,
 ) -> Splits:
     """Cut one labelled set into splits; see :func:`join_splits` for the numbering of the classes.
 
     Args:
-        images, label, clean_label, paths: N rows; evaluation uses the clean labels if there are any.
+        images, label, clean_label, paths, keep: N rows; evaluation uses the clean labels if there are any.
         rows: row numbers by ``"train"``, ``"val"`` and ``"test"``; the latter two may be absent.
         class_names: names by label.
         where: what to call the data in messages.
     """
     if len(images) != len(label):
         raise ValueError(f"{where} has {len(images)} images but {len(label)} labels")
-    full = Split(images, np.asarray(label), clean_label, None if paths is None else list(paths))
+    full = Split(images, np.asarray(label), clean_label, None if paths is None else list(paths), keep)
     parts = {
         name: full.subset(np.asarray(rows[name], dtype=np.int64)) for name in SPLIT_NAMES if name in rows
     }
@@ -207,6 +211,7 @@ def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
     """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
     splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
+    splits.train.keep = noisy.keep
     if noisy.class_id is None:
         return
     lookup = np.full(splits.num_classes, -1, dtype=np.int64)

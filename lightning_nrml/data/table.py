@@ -10,6 +10,7 @@ import numpy as np
 from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.sources import FileSource, Fit
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
+from lightning_nrml.data.tables import booleans
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,8 @@ class TableDataModule(NRMLDataModule):
         label_column: name of the column of labels to train on.
         clean_label_column: name of the column of true labels; used if it is there.
         split_column: name of the column of splits; used if it is there.
+        keep_column: name of the column that leaves samples out of training where it is false; used if it is
+            there.
         image_size: side of the square that images are brought to.
         channels: 3 (RGB) or 1 (grey).
         fit: ``"crop"`` cuts the centre square, ``"squash"`` ignores the aspect ratio.
@@ -43,6 +46,7 @@ class TableDataModule(NRMLDataModule):
         label_column: str = "label",
         clean_label_column: str = "clean_label",
         split_column: str = "split",
+        keep_column: str = "keep",
         image_size: int = 224,
         channels: int = 3,
         fit: Fit = "crop",
@@ -52,6 +56,7 @@ class TableDataModule(NRMLDataModule):
         self.path, self.root = path, root
         self.path_column, self.label_column = path_column, label_column
         self.clean_label_column, self.split_column = clean_label_column, split_column
+        self.keep_column = keep_column
         self.image_size, self.channels, self.fit = image_size, channels, fit
 
     def load_splits(self) -> Splits:
@@ -70,7 +75,10 @@ class TableDataModule(NRMLDataModule):
         root = table.parent if self.root is None else Path(self.root).expanduser()
         paths = frame[self.path_column].astype(str).tolist()
         images = FileSource([root / p for p in paths], self.channels, self.image_size, self.fit)
-        return split_by_rows(images, label, self._rows(frame, table), names, str(table), clean, paths)
+        keep = None
+        if self.keep_column in frame.columns:
+            keep = booleans(str(table), self.keep_column, frame[self.keep_column])
+        return split_by_rows(images, label, self._rows(frame, table), names, str(table), clean, paths, keep)
 
     def _rows(self, frame: pd.DataFrame, table: Path) -> dict[str, np.ndarray]:
         if self.split_column not in frame.columns:

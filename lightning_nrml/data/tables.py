@@ -70,7 +70,8 @@ def _weights(source: str, column: str, values: pd.Series) -> np.ndarray:
     return weight
 
 
-def _booleans(source: str, column: str, values: pd.Series) -> np.ndarray:
+def booleans(source: str, column: str, values: pd.Series) -> np.ndarray:
+    """A column of true/false or 1/0 as bool; refuses anything else, naming the row."""
     known = values.astype(str).str.lower().map(_TRUTH)
     _fail(source, column, known.isna().to_numpy(), values, "true/false or 1/0 are accepted")
     return known.to_numpy().astype(bool)
@@ -99,7 +100,7 @@ def _validated(frame: pd.DataFrame, source: str, column: str) -> pd.DataFrame:
         frame["weight"] = _weights(source, "weight", frame["weight"])
     for name in ("keep", "is_noise"):
         if name in frame.columns:
-            frame[name] = _booleans(source, name, frame[name])
+            frame[name] = booleans(source, name, frame[name])
     if "index" in frame.columns:
         _check_unique(source, "index", frame["index"])
     if "path" in frame.columns:

@@ -1,0 +1,60 @@
+"""The trainer behind the command line: Lightning's, and the verb ``audit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_nrml.audit import AuditOptions
+from lightning_nrml.callbacks.noise_report import audit_data, summary_lines, write_audit
+from lightning_nrml.callbacks.predictions import PredictionCollector
+
+
+class NRMLTrainer(Trainer):
+    """Lightning's trainer with the verb ``audit``."""
+
+    def audit(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        out: str | None = None,
+        evidence: Literal["auto", "both", "centres", "knn"] = "auto",
+        k: int = 20,
+        rule: Literal["drop", "relabel"] = "drop",
+        below: float = 0.5,
+        confident: float = 0.9,
+        gallery: int = 200,
+        review: str | None = None,
+    ) -> None:
+        """Rank the training labels by suspicion, with a checkpoint's frozen embeddings.
+
+        Args:
+            model: the module.
+            datamodule: the data whose train labels are judged.
+            ckpt_path: ``best``, ``last``, a file, the folder of a run, or ``init`` for the untrained model.
+            out: folder to write to; default ``audit`` in the run folder.
+            evidence: ``both`` (class centres and nearest neighbours), one of them, or ``auto``.
+            k: neighbours that vote.
+            rule: what the corrected table does with doubted labels.
+            below: labels whose probability of being right is under this are doubted.
+            confident: ``relabel`` takes suggestions of at least this probability, and drops the rest.
+            gallery: suspicious samples with images in the report.
+            review: CSV that was saved from a report; its marks win over the rule.
+        """
+        options = AuditOptions(evidence, k, rule, below, confident, gallery, review=review)
+        audit_data(datamodule)
+        datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]
+        collector = PredictionCollector()
+        self.callbacks.append(collector)  # type: ignore[attr-defined]
+        self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+        if not self.is_global_zero:
+            return
+        folder = Path(out) if out else Path(self.default_root_dir, "audit")
+        facts = {"checkpoint": ckpt_path or "none (initial weights)"}
+        embedding, index = (torch.from_numpy(collector.arrays[key]) for key in ("embedding", "index"))
+        result = write_audit(embedding, index, datamodule, folder, options, self.loggers, facts)
+        print("\n".join(summary_lines(result)))

@@ -1,0 +1,232 @@
+"""The report: bounded, safe, complete; and in a real browser: loads, sorts, filters, marks, exports."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_nrml.audit import (
+    AuditData,
+    AuditOptions,
+    ReportFacts,
+    audit,
+    audit_ledger,
+    audit_table,
+    write_report,
+)
+from lightning_nrml.audit.report import page_data, thumbnail
+from lightning_nrml.callbacks.ledger_file import write_ledger
+from lightning_nrml.data import DigitsDataModule, NoiseConfig
+from lightning_nrml.memory import SampleLedger
+
+spec = importlib.util.spec_from_file_location("audit_browser", Path(__file__).with_name("browser.py"))
+browser = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(browser)
+
+
+def embedded(page: Path) -> dict:
+    text = page.read_text(encoding="utf-8")
+    return json.loads(
+        re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1]
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The audit of digits by their pixels, 20 % wrong."""
+    data = DigitsDataModule(noise=NoiseConfig("symmetric", 0.2, 0))
+    images = data.splits.train.images
+    pixels = images.get(range(len(images))).float().flatten(1)
+    folder = tmp_path_factory.mktemp("audit")
+    described = AuditData(
+        data.train_label,
+        10,
+        [f"digit {i}" for i in range(10)],
+        None,
+        data.train_clean_label,
+        lambda rows: images.get(rows.tolist()).numpy(),
+    )
+    extra = {f"epoch_{e}": np.linspace(-3 + e, -1, 1297) for e in range(3)}
+    return audit(
+        pixels - pixels.mean(1, keepdim=True), described, folder, AuditOptions(gallery=40), None, extra
+    )
+
+
+def test_digits_are_ranked_and_counted(digits):
+    page = embedded(digits.files["report"])
+    assert page["pr"]["auroc"] > 0.99
+    assert digits.noise_rate == pytest.approx(0.209, abs=0.03)
+    assert page["total"] == 1297
+    assert len(page["labels"].split(",")) == 1297
+    assert sum(page["hist"]["count"]) == 1297
+    assert sum(page["hist"]["wrong"]) == round(0.2 * 1297, -1) + 11  # 271 wrong ones
+    assert sum(n for _, n, _, _ in page["classes"]) == 1297
+    assert sum(map(sum, page["matrix"])) == int(
+        (digits.table["suggested_label"] != digits.table["label"]).sum()
+    )
+    first = page["rows"][0]
+    assert first["rank"] == 1
+    assert first["truth"] != first["label"]
+    assert len(first["near"]) == 4
+    assert first["hist"] == pytest.approx([-3, -2, -1], abs=1.1)
+    # a trusted neighbour is another sample, and the page has its picture
+    for index, label, _ in first["near"]:
+        assert index != first["index"]
+        assert str(index) in page["thumbs"]
+        assert label == int(digits.table.set_index("index").loc[index, "label"])
+
+
+def test_page_needs_no_network_and_cannot_be_broken_by_names(tmp_path):
+    evil = '</script><script>alert("x")</script>'
+    frame = audit_table(np.array([0, 1]), np.log([0.5, 0.9]), np.array([1, 1]), class_names=[evil, "b"])
+    text = write_report(tmp_path / "r.html", frame, ReportFacts(evil), None, [evil, "b"]).read_text()
+    assert text.count("</script>") == 2
+    assert embedded(tmp_path / "r.html")["names"] == [evil, "b"]
+    assert not re.findall(r"""(?:src|href)=["']?https?:""", text)
+    assert "https://" not in text.replace("__DATA__", "")
+
+
+def test_page_of_a_million_samples_is_small(tmp_path):
+    g = np.random.default_rng(0)
+    label = g.integers(0, 1000, 1_000_000)
+    frame = audit_table(
+        label,
+        -g.exponential(size=len(label)).astype(np.float32),
+        g.integers(0, 1000, len(label)),
+        confidence=g.random(len(label)),
+        path=[f"images/{i}.jpg" for i in range(len(label))],
+        clean_label=label,
+    )
+    page = write_report(tmp_path / "r.html", frame, ReportFacts())
+    assert page.stat().st_size < 6_000_000
+    held = embedded(page)
+    assert (len(held["rows"]), len(held["classes"]), held["total"]) == (1000, 200, 1_000_000)
+    bigger = page_data(frame.assign(index=frame["index"] * 2), ReportFacts(), None, None, 10, 10)
+    assert bigger["labels"] is None  # of a part of a set only the marks can be saved
+
+
+@pytest.mark.parametrize(
+    ("bands", "side", "kind"), [(1, 8, "png"), (3, 300, "jpeg"), (13, 64, "jpeg"), (2, 50, "jpeg")]
+)
+def test_thumbnails(bands, side, kind):
+    import base64
+
+    uri = thumbnail(np.full((bands, side, side // 2), 7, dtype=np.uint8))
+    assert uri.startswith(f"data:image/{kind};base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert image.size == (min(side, 96) // 2, min(side, 96))
+
+
+def test_ledger_alone(tmp_path):
+    data = DigitsDataModule(noise=NoiseConfig("symmetric", 0.5))
+    ledger = SampleLedger(1297)
+    wrong = data.train_is_noise
+    score = torch.where(wrong, -4.0, -1.0) + 0.3 * torch.randn(
+        1297, generator=torch.Generator().manual_seed(0)
+    )
+    ledger.record(torch.arange(1297), (~wrong).float(), score, data.train_clean_label)
+    write_ledger(ledger, data, tmp_path)
+    found = audit_ledger(tmp_path / "noise_ledger.csv", tmp_path / "out")
+    assert found.noise_rate == pytest.approx(float(wrong.float().mean()), abs=0.02)
+    assert found.corrected["keep"].tolist() == (~wrong).tolist()
+    page = embedded(found.files["report"])
+    assert page["calibrated"] is False
+    assert page["pr"]["auroc"] > 0.99
+    assert page["rows"][0]["seen"] == 1
+
+
+def test_images_that_cannot_be_read_are_not_judged(tmp_path):
+    data = DigitsDataModule(noise=NoiseConfig("symmetric", 0.2, 0))
+    images = data.splits.train.images
+    z = images.get(range(1297)).float().flatten(1)
+    described = AuditData(data.train_label, 10)
+    index = torch.arange(1297)[torch.arange(1297) != 5]
+    found = audit(z[index], described, tmp_path, index=index)
+    row = found.table.set_index("index").loc[5]
+    assert np.isnan(row["log_p_clean"])
+    assert row["rank"] == 1297
+    assert bool(found.corrected.set_index("index").loc[5, "keep"])
+    assert all(r["index"] != 5 for r in embedded(found.files["report"])["rows"])
+    whole = audit(z, described, tmp_path)
+    for suspect, near in whole.neighbours.items():
+        assert suspect not in [i for i, _ in near]
+
+
+PROGRAM = browser.find_browser()
+CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.index)"
+
+
+def choose(page, field: str, value: str) -> list[int]:
+    page.run(
+        f"(() => {{ const s = document.getElementById('{field}'); s.value = '{value}'; "
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+    return page.run(CARDS)
+
+
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium found (set CHROMIUM to its path, or apt install chromium)"
+)
+@pytest.mark.timeout(600)
+def test_in_a_browser(digits, tmp_path):
+    table = digits.table
+    with browser.Browser(PROGRAM, tmp_path) as page:
+        page.size(1366, 768)
+        page.open(digits.files["report"])
+        assert page.run(CARDS) == table["index"].head(24).tolist()
+        assert page.run(
+            "document.images.length > 24 && [...document.images].every(i => i.src.startsWith('data:'))"
+        )
+        # sort, filter, search
+        assert choose(page, "sort", "index") == sorted(table["index"].head(1000))[:24]
+        choose(page, "sort", "rank")
+        three = choose(page, "fg", "3")
+        assert three == table[table["label"] == 3]["index"].head(24).tolist()
+        choose(page, "fg", "")
+        wanted = int(table["index"][2])
+        assert wanted in choose(page, "q", str(wanted))
+        assert choose(page, "q", "no such thing") == []
+        choose(page, "q", "")
+        # keyboard: mark the first wrong, the second right, take a third one back
+        page.run("document.activeElement.blur()")
+        for key in ("w", "ArrowRight", "r", "ArrowRight", "u", "u"):
+            page.press(key)
+        first, second = table["index"].head(2).tolist()
+        assert choose(page, "fm", "wrong") == [first]
+        assert choose(page, "fm", "right") == [second]
+        assert choose(page, "fm", "unsure") == []
+        choose(page, "fm", "")
+        page.run("document.activeElement.blur()")
+        page.press("n")
+        assert page.run(CARDS) == table["index"][24:48].tolist()
+        # export
+        choose(page, "rule", "relabel")
+        page.run("document.getElementById('save').click()")
+        saved = tmp_path / "labels_reviewed.csv"
+        for _ in range(300):
+            if saved.exists() and saved.stat().st_size:
+                break
+            time.sleep(0.2)
+        # readable on a phone: nothing sticks out sideways
+        page.size(390, 844, phone=True)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert page.problems == []
+    rows = {int(r["index"]): r for r in csv.DictReader(saved.open())}
+    assert len(rows) == 1297
+    assert int(rows[first]["label"]) == int(table["suggested_label"][0])
+    assert [rows[i]["mark"] for i in (first, second)] == ["wrong", "right"]
+    given = table.set_index("index")["label"]
+    assert all(int(r["label"]) == given[i] for i, r in rows.items() if i != first)
+    # what the page saves goes back into training
+    data = DigitsDataModule(noise=str(saved))
+    assert int(data.train_label[first]) == int(table["suggested_label"][0])

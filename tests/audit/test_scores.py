@@ -1,0 +1,120 @@
+"""The scores of an audit: closed forms, a slow second reading, blindness to a sample's own label."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_nrml.audit import audit_scores, mixture_rate
+from lightning_nrml.audit.scores import _centres, _evidence, _log_clean, _Problem
+
+
+def blobs(rate: float, classes: int = 6, each: int = 60, spread: float = 0.5, seed: int = 0):
+    """Unit rows around random directions; given and true labels, a share ``rate`` wrong."""
+    g = torch.Generator().manual_seed(seed)
+    centre = F.normalize(torch.randn(classes, 16, generator=g), dim=1)
+    clean = torch.arange(classes).repeat_interleave(each)
+    row = centre[clean] + spread * torch.randn(len(clean), 16, generator=g) / 4
+    flip = torch.rand(len(clean), generator=g) < rate
+    shift = torch.randint(1, classes, (len(clean),), generator=g)
+    return row, torch.where(flip, (clean + shift) % classes, clean), clean
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("evidence", ["both", "centres", "knn"])
+def test_finds_wrong_labels_their_class_and_their_rate(rate, evidence):
+    row, label, clean = blobs(rate)
+    found = audit_scores(row, label, 6, evidence)
+    wrong = label != clean
+    assert bool((found.log_p_clean <= 0).all())
+    assert found.noise_rate == pytest.approx(float(wrong.float().mean()), abs=0.05)
+    assert (found.suggested == clean).float().mean() > 0.97
+    if rate:
+        worst = found.log_p_clean.argsort()[: int(wrong.sum())]
+        assert wrong[worst].float().mean() > 0.97
+
+
+def test_bayes_in_the_log_domain():
+    p, r, c = torch.tensor([0.9, 0.2, 1e-3]), 0.3, 5
+    expected = (1 - r) * p / ((1 - r) * p + r * (1 - p) / (c - 1))
+    log_odds = torch.tensor(r / (1 - r)).log()
+    torch.testing.assert_close(_log_clean(p.log(), log_odds, c).exp(), expected)
+    # where float32 has no room for P any more, its logarithm still ranks
+    far = _log_clean(torch.tensor([-300.0, -400.0]), log_odds, c)
+    torch.testing.assert_close(far[0] - far[1], torch.tensor(100.0))
+
+
+def test_evidence_equals_a_slow_loop():
+    row, label, _ = blobs(0.3, classes=3, each=6)
+    row = F.normalize(row, dim=1)
+    n, fold = len(row), torch.arange(len(row)) % 3
+    similarity = (row @ row.T).fill_diagonal_(-9)
+    near, neighbour = similarity.topk(4)
+    problem = _Problem(row, label, fold, 3, 3, neighbour, ((near - near[:, :1]) / 0.1).exp(), True)
+    for i in range(n):
+        centres = _centres(problem, fold != fold[i])
+        cosine, tally = _evidence(problem, torch.tensor([i]), centres)
+        voters = [j for j in range(n) if fold[j] != fold[i]]
+        grand = row[voters].mean(0)
+        for c in range(3):
+            mine = [j for j in voters if label[j] == c]
+            direction = F.normalize((row[mine] - grand).sum(0), dim=0)
+            assert float(cosine[0, c]) == pytest.approx(
+                float(F.normalize(row[i] - grand, dim=0) @ direction), abs=1e-5
+            )
+            votes = [math.exp(float(row[i] @ row[j] - near[i, 0]) / 0.1) for j in neighbour[i].tolist()]
+            share = sum(v for v, j in zip(votes, neighbour[i].tolist(), strict=True) if label[j] == c)
+            assert float(tally[0, c]) == pytest.approx(math.log(share / sum(votes) + 1e-3), abs=1e-4)
+
+
+@pytest.mark.parametrize("evidence", ["both", "centres", "knn"])
+def test_a_sample_does_not_vote_for_itself(evidence):
+    """Whatever the label of one sample, what is suggested for it is the same."""
+    row, label, _ = blobs(0.3, each=20)
+    one, two = label.clone(), label.clone()
+    two[7] = (label[7] + 2) % 6
+    first, second = (audit_scores(row, y, 6, evidence, k=5) for y in (one, two))
+    assert first.suggested[7] == second.suggested[7]
+    # only the three numbers of the noise model have seen the label
+    assert float(first.confidence[7]) == pytest.approx(float(second.confidence[7]), abs=0.01)
+
+
+def test_a_lone_class_and_a_class_without_samples():
+    row, label, _ = blobs(0.0, each=20)
+    label = label.clone()
+    label[0] = 7  # the only one of its class; 6 has none
+    found = audit_scores(row, label, 8)
+    assert torch.isfinite(found.log_p_clean).all()
+    assert found.suggested[0] == 0
+    assert found.log_p_clean[0] == found.log_p_clean.min()
+
+
+def test_mixture_rate():
+    g = torch.Generator().manual_seed(0)
+    score = torch.cat(
+        [torch.randn(300, generator=g) - 8, torch.randn(700, generator=g), torch.tensor([math.nan])]
+    )
+    assert mixture_rate(score) == pytest.approx(0.3, abs=0.01)
+    assert math.isnan(mixture_rate(torch.zeros(50)))
+    assert math.isnan(mixture_rate(torch.arange(5.0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": torch.zeros(3, dtype=torch.int64)}, "label must have shape"),
+        ({"num_classes": 4}, r"label runs from 0 to 5; it must lie in \[0, C - 1\] with C = num_classes = 4"),
+        ({"evidence": "magic"}, "evidence is 'magic': choose one of auto, both, centres, knn"),
+        ({"folds": 1}, "folds must be 2 to N = 360, got 1"),
+    ],
+)
+def test_errors(change, message):
+    row, label, _ = blobs(0.2)
+    with pytest.raises(ValueError, match=message):
+        audit_scores(**{"embedding": row, "label": label, **change})
+    row[5, 0] = math.nan
+    with pytest.raises(ValueError, match="first rows: 5"):
+        audit_scores(row, label)
