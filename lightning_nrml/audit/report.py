@@ -209,9 +209,9 @@ def _classes(frame: pd.DataFrame, calibrated: bool) -> list[list[Any]]:
     import pandas as pd
 
     if calibrated:
-        wrong = 1 - np.exp(frame["log_p_clean"].astype(np.float64))
+        wrong = 1 - np.exp(frame["log_p_clean"].to_numpy(np.float64))
     else:
-        wrong = (~frame["keep"]).astype(np.float64)
+        wrong = (~frame["keep"]).to_numpy(np.float64)
     columns = {"label": frame["label"], "wrong": wrong, "count": 1.0}
     if "clean_label" in frame.columns:
         columns["truth"] = (frame["clean_label"] != frame["label"]).astype(np.float64)

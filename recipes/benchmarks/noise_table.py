@@ -32,7 +32,11 @@ METHODS = {
     "prism_vmf_shared": "PRISM vMF-Sim, one kappa",
     "known_clean": "known clean (upper bound)",
     "cross_entropy": "cross-entropy, no filter",
+    "combined": "contrastive + 0.3 cross-entropy, no filter",
+    "combined_prism": "the same + PRISM AvgSim",
+    "consensus": "the same + Consensus (not told the noise rate)",
 }
+UNFILTERED = ("none", "known_clean", "cross_entropy", "combined")
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 
 
@@ -97,18 +101,27 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
     """Arguments of ``nrml`` for one run."""
     callbacks: list[dict[str, Any]] = [{"class_path": "RetrievalEvaluator"}]
     extra: list[str] = []
-    if method.startswith("prism"):
+    if "prism" in method:
         init: dict[str, Any] = {"noise_rate": setting.rate, "warmup_steps": setting.warmup}
         if "vmf" in method:
             init |= {"similarity": "vmf", "shared_kappa": method.endswith("shared")}
         callbacks.append({"class_path": "PRISM", "init_args": init})
     elif method == "known_clean":
         callbacks.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
-    elif method == "cross_entropy":
-        loss = {"num_classes": setting.classes, "embedding_dim": setting.dim, "scale": 16.0}
-        extra = [
-            "--model.init_args.loss=" + json.dumps({"class_path": "CosineSoftmaxLoss", "init_args": loss}),
-            "--model.init_args.memory_size=0",
+    elif method == "consensus":
+        callbacks.append({"class_path": "Consensus", "init_args": {"warmup_steps": setting.warmup}})
+    softmax = {"num_classes": setting.classes, "embedding_dim": setting.dim, "scale": 16.0}
+    loss: dict[str, Any] = {"class_path": "CosineSoftmaxLoss", "init_args": softmax}
+    if method == "cross_entropy":
+        extra = ["--model.init_args.memory_size=0"]
+    elif method in ("combined", "combined_prism", "consensus"):
+        both = {"losses": [{"class_path": "ContrastiveLoss"}, loss], "weights": [1.0, 0.3]}
+        loss = {"class_path": "CombinedLoss", "init_args": both}
+    else:
+        loss = {}
+    if loss:
+        extra += [
+            "--model.init_args.loss=" + json.dumps(loss),
             "--model.init_args.optimizer.loss_lr=0.001",
         ]
     noise = [text.format(rate=setting.rate, seed=seed) for text in (setting.noise, *setting.fixed)]
@@ -185,7 +198,7 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
 
     def gap(method: str, key: str) -> str:
         low, high, value = mean("none", key), mean("known_clean", key), mean(method, key)
-        if method in ("none", "known_clean", "cross_entropy") or None in (low, high, value) or high == low:
+        if method in UNFILTERED or None in (low, high, value) or high == low:
             return "–"
         return f"{(value - low) / (high - low):+.2f}"  # type: ignore[operator]
 
