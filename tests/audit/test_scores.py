@@ -31,7 +31,7 @@ def test_finds_wrong_labels_their_class_and_their_rate(rate, evidence):
     wrong = label != clean
     assert bool((found.log_p_clean <= 0).all())
     assert found.noise_rate == pytest.approx(float(wrong.float().mean()), abs=0.05)
-    assert (found.suggested == clean).float().mean() > 0.97
+    assert (found.suggested == clean).float().mean() > 0.95
     if rate:
         worst = found.log_p_clean.argsort()[: int(wrong.sum())]
         assert wrong[worst].float().mean() > 0.97
