@@ -15,8 +15,8 @@ noise with three numbers (a, b, r) is fitted to the given labels by maximum like
 
 r is the rate of wrong labels; the estimate that is reported is the mean of 1 - P_clean. Soft votes (small
 a, b) explain disagreement as well as noise does where all samples are alike; a weak prior then prefers
-sharp votes. Tried and left out: a second round in which voters count by their own P_clean (AUROC -.01 on
-caltech's pixels, +.001 on Omniglot), and either kind of evidence alone (see docs/audit.md).
+sharp votes. Tried in a prototype and left out: a second round in which voters count by their own
+P_clean (AUROC -.01 on caltech's pixels, +.001 on Omniglot).
 """
 
 from __future__ import annotations

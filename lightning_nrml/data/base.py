@@ -161,7 +161,7 @@ class NRMLDataModule(LightningDataModule):
         keep = splits.train.keep
         self._train_keep = torch.ones(len(splits.train), dtype=torch.bool)
         if keep is not None:
-            self._train_keep.copy_(torch.as_tensor(keep))
+            self._train_keep.copy_(torch.as_tensor(np.array(keep)))
         if splits.train.label.ndim == 1:
             warn_of_single_samples(splits.train.label)
         return splits
