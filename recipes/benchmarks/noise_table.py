@@ -109,7 +109,7 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
     elif method == "known_clean":
         callbacks.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
     elif method == "consensus":
-        callbacks.append({"class_path": "Consensus", "init_args": {"warmup_steps": setting.warmup}})
+        callbacks.append({"class_path": "Consensus"})  # one default setting for all
     softmax = {"num_classes": setting.classes, "embedding_dim": setting.dim, "scale": 16.0}
     loss: dict[str, Any] = {"class_path": "CosineSoftmaxLoss", "init_args": softmax}
     if method == "cross_entropy":
