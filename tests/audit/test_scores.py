@@ -77,13 +77,13 @@ def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     The three numbers of the noise model, which all labels share, are held fixed.
     """
     monkeypatch.setattr("lightning_nrml.audit.scores._fit", lambda problem: torch.tensor([1.5, 0.5, -1.0]))
-    row, label, _ = blobs(0.3, each=20)
+    row, label, clean = blobs(0.3, each=20)
     one, two = label.clone(), label.clone()
-    two[7] = (label[7] + 2) % 6
+    one[7], two[7] = clean[7], (clean[7] + 2) % 6
     first, second = (audit_scores(row, y, 6, evidence, k=5) for y in (one, two))
     assert first.suggested[7] == second.suggested[7]
     assert first.confidence[7] == second.confidence[7]
-    assert first.log_p_clean[7] != second.log_p_clean[7]
+    assert first.log_p_clean[7] > second.log_p_clean[7]
 
 
 def test_a_lone_class_and_a_class_without_samples():
