@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lightning_nrml.state import StateModule
 
-_MIN_SHARE, _MAX_SHARE = 0.01, 0.75
+_MIN_SHARE, _MAX_SHARE = 0.02, 0.7
+_START = 0.7  # means -0.7 and 0.7, deviation 0.7: about the two halves of standardised values
 _MIN_DEVIATION = 0.05
 _MIN_DISTANCE = 0.25  # of the means, in deviations
-_MAX_WITHIN = 0.5  # share of the variance that the groups may leave unexplained
 
 
 class TwoGroups(StateModule):
@@ -19,9 +19,9 @@ class TwoGroups(StateModule):
     The values are kept as a histogram, which changes by as many counts as samples are judged anew, so a step
     costs the same for every size of the training set. Equal widths make the probability of the high group
     rise with the value everywhere. Means closer than a quarter of the deviation are no two groups: all values
-    are then taken for high. The groups are made to explain half of the variance at least: while the evidence
-    is weak, a free fit runs into a single wide group, nothing is dropped, and the evidence stays weak. The
-    fit is expectation maximisation, a few rounds per step.
+    are then taken for high. The fit is expectation maximisation, one round per step: it follows values that
+    drift, and a split that starts as a guess has time to come true, since what it drops no longer teaches
+    the net.
 
     Args:
         limit: values are clipped to ``[-limit, limit]``.
@@ -43,8 +43,8 @@ class TwoGroups(StateModule):
         self.limit, self.bins = limit, bins
         width = 2 * limit / bins
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.int64))
-        self.register_buffer("mean", torch.tensor([-0.7, 0.7], dtype=torch.float64))
-        self.register_buffer("deviation", torch.tensor(0.7, dtype=torch.float64))
+        self.register_buffer("mean", torch.tensor([-_START, _START], dtype=torch.float64))
+        self.register_buffer("deviation", torch.tensor(_START, dtype=torch.float64))
         self.register_buffer("share", torch.tensor(0.5, dtype=torch.float64))
         middle = torch.arange(bins, dtype=torch.float64) * width - limit + width / 2
         self.register_buffer("middle", middle, persistent=False)
@@ -57,31 +57,25 @@ class TwoGroups(StateModule):
             place = place.long().clamp_(0, self.bins - 1)
             self.counts.index_add_(0, place, there.long() * sign)
 
-    def fit(self, restart: Tensor, rounds: int = 2) -> None:
-        """A few rounds of expectation maximisation, from where the last ones ended.
+    def fit(self, restart: Tensor) -> None:
+        """One round of expectation maximisation, from where the last one ended.
 
         Args:
-            restart: 0-d bool, start one deviation to either side of the overall mean instead: a fit that
-                followed the first few values may have lost one group for good.
-            rounds: of the algorithm.
+            restart: 0-d bool, go back to the start values: a fit that followed the first few values may have
+                lost one group for good.
         """
         weight = self.counts.double()
         total = weight.sum().clamp_min(1)
-        center = weight @ self.middle / total
-        spread = (weight @ (self.middle - center) ** 2 / total).sqrt().clamp_min(_MIN_DEVIATION)
-        widest = spread * _MAX_WITHIN**0.5
-        self.mean.copy_(torch.where(restart, torch.stack([center - spread, center + spread]), self.mean))
-        self.deviation.copy_(torch.where(restart, spread, self.deviation))
-        self.share.masked_fill_(restart, 0.5)
-        for _ in range(rounds):
-            high = self._odds(self.middle).sigmoid()
-            mass = torch.stack([weight * (1 - high), weight * high])
-            size = mass.sum(dim=1)
-            mean = torch.where(size > 0, (mass @ self.middle) / size.clamp_min(1e-9), self.mean)
-            within = (mass * (self.middle - mean.unsqueeze(1)) ** 2).sum() / total
-            self.mean.copy_(mean)
-            self.deviation.copy_(torch.minimum(within.sqrt(), widest).clamp_min(_MIN_DEVIATION))
-            self.share.copy_((size[0] / total).clamp(_MIN_SHARE, _MAX_SHARE))
+        high = self._odds(self.middle).sigmoid()
+        mass = torch.stack([weight * (1 - high), weight * high])
+        size = mass.sum(dim=1)
+        mean = torch.where(size > 0, (mass @ self.middle) / size.clamp_min(1e-9), self.mean)
+        spread = (mass * (self.middle - mean.unsqueeze(1)) ** 2).sum() / total
+        share = (size[0] / total).clamp(_MIN_SHARE, _MAX_SHARE)
+        start = self.mean.new_tensor([-_START, _START])
+        self.mean.copy_(torch.where(restart, start, mean))
+        self.deviation.copy_(torch.where(restart, _START, spread.sqrt().clamp_min(_MIN_DEVIATION)))
+        self.share.copy_(torch.where(restart, 0.5, share))
 
     def _odds(self, value: Tensor) -> Tensor:
         low, high = self.mean.unbind()
