@@ -68,8 +68,8 @@ class MultiLabelASLLoss(MultiLabelLoss):
     """Asymmetric loss: easy negatives count less than positives, very easy ones not at all.
 
     Per entry ``-(1 - q)^gamma log q`` with ``q = p`` for a positive and ``q = min(1 - p + clip, 1)`` for a
-    negative. Equal to timm's ``AsymmetricLossMultiLabel`` but for the mean over entries (timm sums, and knows
-    no weights).
+    negative. Equal to timm's ``AsymmetricLossMultiLabel`` but for the mean over entries (timm
+    sums over labels at least) and the weights.
 
     Source: Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, arXiv 2009.14119,
     eq. 7.

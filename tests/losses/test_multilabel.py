@@ -171,6 +171,12 @@ def test_memory_rules(make):
     twice(z, label, torch.tensor([0, 1, 2, 3, 4, 0]))
     last(z[1:], label[1:], torch.tensor([1, 2, 3, 4, 0]))
     assert torch.equal(twice.target.nan_to_num(9), last.target.nan_to_num(9))
+    # unless it is dropped
+    twice, first = make(), make()
+    kept = torch.tensor([1.0, 1, 1, 1, 1, 0])
+    twice(z, label, torch.tensor([0, 1, 2, 3, 4, 0]), kept)
+    first(z[:5], label[:5], torch.tensor([0, 1, 2, 3, 4]))
+    assert torch.equal(twice.target.nan_to_num(9), first.target.nan_to_num(9))
     # a fresh loss takes its size from the checkpoint; another size is refused
     fresh = type(loss)(0, L)
     fresh.load_state_dict(loss.state_dict())
@@ -254,10 +260,12 @@ def test_asl_equals_timm():
     z, label, _ = batch()
     z = z.float()  # timm knows no other type
     for gammas in ((4.0, 1.0, 0.05), (2.0, 0.0, 0.0)):
+        theirs = AsymmetricLossMultiLabel(*gammas)
+        scale = L if getattr(theirs, "reduction", "sum") == "batchmean" else B * L  # older ones sum
         value, grad = run(MultiLabelASLLoss(*gammas), z, label)
-        want, want_grad = run(AsymmetricLossMultiLabel(*gammas), z, label.float())
-        torch.testing.assert_close(value * B * L, want, **TOL)
-        torch.testing.assert_close(grad * B * L, want_grad, **TOL)
+        want, want_grad = run(theirs, z, label.float())
+        torch.testing.assert_close(value * scale, want, **TOL)
+        torch.testing.assert_close(grad * scale, want_grad, **TOL)
 
 
 @pytest.mark.parametrize("choose", ["sample", "entry"])
