@@ -342,6 +342,9 @@ class NoiseFilterCallback(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (trainer.global_step + 1) % every == 0 and not bool(selection.threshold.isnan()):
             pl_module.log(f"{self.name}/threshold", selection.threshold, batch_size=len(index))
+            rate = selection.stats.get(f"{self.name}/noise_rate")
+            if rate is not None:  # made without the truth
+                pl_module.log("noise/estimated_rate", rate, batch_size=len(index))
         clean = batch.get("clean_label") if isinstance(batch, dict) else None
         if clean is None or self._quality is None:
             return
