@@ -33,8 +33,8 @@ METHODS = {
     "known_clean": "known clean (upper bound)",
     "cross_entropy": "cross-entropy, no filter",
     "combined": "contrastive + 0.3 cross-entropy, no filter",
-    "combined_prism": "the same + PRISM AvgSim",
-    "consensus": "the same + Consensus (not told the noise rate)",
+    "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
+    "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
 }
 UNFILTERED = ("none", "known_clean", "cross_entropy", "combined")
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
