@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class RasterSource(ImageSource):
     Raises:
         ValueError: a band number is below 1 or named twice.
         BadImageError: no file can be opened.
+        ImportError: rasterio is not installed.
     """
 
     dtype = torch.float32
@@ -54,8 +56,7 @@ class RasterSource(ImageSource):
         self.size = shape[1:] if image_size is None else (image_size, image_size)
 
     def _first_shape(self) -> tuple[int, int, int]:
-        import rasterio
-
+        rasterio = _rasterio(self.paths[0] if len(self.paths) else "rasters")
         for path in self.paths:
             try:
                 with rasterio.open(str(path)) as file:
@@ -84,8 +85,7 @@ class RasterSource(ImageSource):
 
     def decode(self, row: int) -> Tensor:
         """One image as float32 ``(channels, H, W)``."""
-        import rasterio
-
+        rasterio = _rasterio(self.paths[row])
         try:
             with rasterio.open(str(self.paths[row])) as file:
                 self._check_shape(row, file.count, (file.height, file.width))
@@ -124,6 +124,22 @@ class RasterSource(ImageSource):
                     f"{self.name(row)}, band {band}: {int(bad.sum())} of {bad.size} pixels are NaN, infinite "
                     f"or nodata ({empty}); fill or remove it, or set on_bad_image: skip"
                 )
+
+
+def _rasterio(path: object) -> Any:
+    """The package rasterio.
+
+    Raises:
+        ImportError: it is not installed; names the file that needs it and the extra that brings it.
+    """
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ImportError(
+            f"{path} must be read by rasterio, which cannot be imported ({error}): "
+            "pip install 'lightning-nrml[rs]'"
+        ) from error
+    return rasterio
 
 
 def band_statistics(images: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:

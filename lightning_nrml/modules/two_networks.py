@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrml.models import create_backbone
+from lightning_nrml.models.backbone import Stem
 from lightning_nrml.modules.multilabel import MultiLabelModule
 
 Evaluate = Literal["mean", "first", "second"]
@@ -24,6 +25,7 @@ class TwoNetworks(MultiLabelModule):
         backbone: see :class:`MultiLabelModule`, as are all arguments not listed here.
         evaluate: ``mean`` of both probabilities, or the ``first`` or ``second`` network alone; its backbone
             (the first one's for ``mean``) also gives the embedding.
+        stem: of both networks, see :func:`lightning_nrml.models.create_backbone`.
     """
 
     def __init__(
@@ -34,13 +36,14 @@ class TwoNetworks(MultiLabelModule):
         pretrained: bool = False,
         num_classes: int | None = None,
         evaluate: Evaluate = "mean",
+        stem: Stem = "imagenet",
         **kwargs: Any,
     ) -> None:
         if evaluate not in ("mean", "first", "second"):
             raise ValueError(f"evaluate is '{evaluate}': choose mean, first or second.")
-        super().__init__(backbone, backbone_kwargs, in_channels, pretrained, num_classes, **kwargs)
+        super().__init__(backbone, backbone_kwargs, in_channels, pretrained, num_classes, stem=stem, **kwargs)
         # drawn after the first: other values, and the same on all ranks
-        self.backbone_2, _ = create_backbone(backbone, in_channels, pretrained, backbone_kwargs)
+        self.backbone_2, _ = create_backbone(backbone, in_channels, pretrained, backbone_kwargs, stem)
         self.classifier_2 = nn.Linear(self.num_features, self.num_classes)
         self.evaluate: Evaluate = evaluate
 

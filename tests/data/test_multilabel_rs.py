@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_nrml.data.multilabel_noise import multilabel
 from lightning_nrml.data.raster import RasterSource, band_statistics
 from lightning_nrml.data.sources import BadImageError, MemorySource
 
+NO_RASTERIO = "rasterio is not installed: pip install 'lightning-nrml[rs]'"
 NAMES = ["field", "trees", "water"]
 COUNTS = {"train": 12, "val": 4, "test": 5}
 
@@ -52,8 +54,7 @@ def module(folder: Path, **kwargs: Any) -> MultiLabelRSDataModule:
 
 
 def raster(path: Path, pixels: np.ndarray, **kwargs: Any) -> Path:
-    import rasterio
-
+    rasterio = pytest.importorskip("rasterio", reason=NO_RASTERIO)
     path.parent.mkdir(parents=True, exist_ok=True)
     bands, height, width = pixels.shape
     with rasterio.open(
@@ -220,6 +221,7 @@ def test_rasters_of_many_bands(tmp_path):
 
 
 def test_real_rasters(shared_data):
+    pytest.importorskip("rasterio", reason=NO_RASTERIO)
     folder = shared_data("bigearthnet_v1_examples") / "BigEarthNet-v1.0"
     files = sorted(folder.glob("*/*_B04.tif"))
     source = RasterSource(files)
@@ -262,6 +264,19 @@ def test_bad_rasters_are_named(tmp_path):
         RasterSource([tmp_path / "lost.tif"])
     with pytest.raises(ValueError, match="numbered from 1"):
         RasterSource([files["good"]], bands=[0])
+
+
+def test_without_rasterio_a_raster_names_the_extra_and_rgb_needs_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    file = tmp_path / "patch.tif"
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(file)
+    with pytest.raises(ImportError, match=r"patch.tif must be read by rasterio.*lightning-nrml\[rs\]"):
+        RasterSource([file])
+    data = module(make(tmp_path, suffix=".tif"))
+    assert data.in_channels == 3
+    assert len(data.statistics[0]) == 3
+    with pytest.raises(ImportError, match=r"scene\d\d.tif must be read by rasterio.*lightning-nrml\[rs\]"):
+        module(tmp_path, bands=[1], on_bad_image="skip").num_classes
 
 
 def test_bad_tables_and_lists_are_named(tmp_path):

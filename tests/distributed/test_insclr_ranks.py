@@ -24,8 +24,9 @@ def insclr_step(stage: str) -> dict[str, Any]:
         whole = batch_of(net, image, anchors)
         mine = distributed.own_rows([16 // distributed.world_size()] * distributed.world_size())
         batch = {k: v[mine] for k, v in whole.items() if k != "views"}
-        out = net.step({**batch, "views": [v[mine] for v in whole["views"]]})
-        net._select(out)
+        batch["views"] = [v[mine] for v in whole["views"]]
+        out = net.step(batch)
+        net._select(out, batch)
         parts = out.loss_fn(None)
         parts["loss"].backward()
         net.on_after_backward()

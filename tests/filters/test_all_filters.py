@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,60 +11,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_state, digits, module, state_of, trainer
-from torch import nn
-from torch.nn.functional import normalize
 
-from lightning_nrml import callbacks, distributed
-from lightning_nrml.filters import (
-    BARE,
-    PRISM,
-    TSINT,
-    FixedFilter,
-    KNNVote,
-    LossQuantile,
-    NoiseFilter,
-    SmallLoss,
-)
+from lightning_nrml import callbacks
+from lightning_nrml.filters import TSINT, NoiseFilter, SmallLoss
 from lightning_nrml.filters.chain import FilterChain, gathered_context
 from lightning_nrml.losses import CosineSoftmaxLoss
 from lightning_nrml.optim import ScheduleConfig
 from lightning_nrml.types import FilterContext, Selection
 
-CLASSES, DIM, ROWS, STEPS = 4, 6, 24, 5
-FILTERS: dict[str, Callable[[], NoiseFilter]] = {
-    "prism_avg": lambda: PRISM(CLASSES, DIM, 0.4, 200, window=3),
-    "prism_vmf": lambda: PRISM(CLASSES, DIM, 0.4, 200, window=3, similarity="vmf", shared_kappa=True),
-    "prism_proxy": lambda: PRISM(CLASSES, DIM, 0.4, window=3, similarity="proxy"),
-    "bare": lambda: BARE(),
-    "bare_centers": lambda: BARE(0.5, "centers", CLASSES, DIM, 200),
-    "small_loss": lambda: SmallLoss(0.4),
-    "loss_quantile": lambda: LossQuantile(0.4, window=3),
-    "knn_vote": lambda: KNNVote(CLASSES, DIM, k=5, noise_rate=0.4, memory_size=200, window=3),
-    "tsint": lambda: TSINT(CLASSES, 0.4),
-    "fixed": lambda: FixedFilter(torch.arange(ROWS * STEPS) % 3 > 0),
-}
+sys.path.insert(0, str(Path(__file__).parent))
+from filter_cases import CLASSES, FILTERS, ROWS, STEPS, rows_of, stream
+
 every_filter = pytest.mark.parametrize("name", list(FILTERS))
-
-
-def stream(seed: int = 0) -> list[FilterContext]:
-    """Five batches with every optional field; 40 % of the labels are wrong."""
-    g = torch.Generator().manual_seed(seed)
-    n = ROWS * STEPS
-    center = 2 * torch.randn(CLASSES, DIM, generator=g)
-    truth = torch.arange(n) % CLASSES
-    z = normalize(center[truth] + torch.randn(n, DIM, generator=g), dim=1)
-    teacher = normalize(center[truth] + torch.randn(n, DIM, generator=g), dim=1)
-    label = torch.where(torch.rand(n, generator=g) < 0.4, (truth + 1) % CLASSES, truth)
-    logits = 4 * z @ normalize(center, dim=1).T
-    loss = nn.functional.cross_entropy(logits, label, reduction="none")
-    whole = FilterContext(z, label, torch.arange(n), logits, loss, proxies=center, teacher=teacher)
-    return [rows_of(whole, part) for part in torch.arange(n).split(ROWS)]
-
-
-def rows_of(ctx: FilterContext, rows: Any) -> FilterContext:
-    """Some rows of a context, in that order."""
-    fields = ("embedding", "label", "index", "logits", "per_sample_loss", "teacher")
-    return replace(ctx, **{name: getattr(ctx, name)[rows] for name in fields})
 
 
 def live(part: NoiseFilter, contexts: list[FilterContext]) -> list[Selection]:
@@ -121,46 +80,6 @@ def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
             assert torch.equal(two.pair_weight, one.pair_weight[order][:, order])
 
 
-def run_on_ranks() -> dict[str, tuple[list[Selection], dict[str, torch.Tensor]]]:
-    """Every filter on this rank's half of each batch (unequal halves)."""
-    world = distributed.world_size()
-    results = {}
-    for name, make in FILTERS.items():
-        part, own = make(), []
-        for step, ctx in enumerate(stream()):
-            cut = 10 + step
-            mine = slice(None) if world == 1 else (slice(0, cut), slice(cut, ROWS))[distributed.rank()]
-            local = rows_of(ctx, mine)
-            whole, rows = gathered_context(
-                embedding=3 * local.embedding,
-                label=local.label,
-                index=local.index,
-                logits=local.logits,
-                per_sample_loss=local.per_sample_loss,
-                proxies=local.proxies,
-                teacher=local.teacher,
-            )
-            selection = part.select(whole)
-            part.update(whole, selection)
-            own.append(selection.rows(rows))
-        results[name] = (own, {k: v.clone() for k, v in part.state_dict().items()})
-    return results
-
-
-def test_two_ranks_decide_as_one_process(gloo_pool) -> None:
-    want = run_on_ranks()
-    zero, one = gloo_pool.run(run_on_ranks)
-    for name, (selections, state) in want.items():
-        for step, selection in enumerate(selections):
-            first, second = zero[name][0][step], one[name][0][step]
-            assert torch.equal(torch.cat([first.weight, second.weight]), selection.weight), name
-            if selection.pair_weight is not None:
-                pairs = torch.cat([first.pair_weight, second.pair_weight])
-                assert torch.equal(pairs, selection.pair_weight)
-        for got in (zero, one):
-            assert_same_state(got[name][1], state)
-
-
 @every_filter
 def test_a_restored_filter_goes_on_bit_for_bit(name: str) -> None:
     contexts = stream(1)
@@ -210,7 +129,11 @@ def test_broken_rows_are_dropped_and_poison_nothing(name: str) -> None:
         assert selection.stats["nonfinite"].nonzero().flatten().tolist() == [0, 7]
         state = part.state_dict()
         assert all(not v.isinf().any() for v in state.values())
-        assert all(v.isfinite().all() for k, v in state.items() if "window" not in k)
+        empty = ("window", "evidence")  # NaN = nothing there yet
+        assert all(v.isfinite().all() for k, v in state.items() if not any(e in k for e in empty))
+        if name == "consensus":  # of the rows seen, only the broken ones have none
+            unseen = [2 * ROWS, 2 * ROWS + 7, *range(3 * ROWS, STEPS * ROWS)]
+            assert part.evidence.isnan().nonzero().flatten().tolist() == unseen
     assert part.select(stream()[3]).keep.any()
 
 
@@ -276,6 +199,7 @@ CALLBACKS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "small_loss_of_pairs": (lambda: callbacks.SmallLoss(0.5, ramp_epochs=0), dict),
     "loss_quantile": (lambda: callbacks.LossQuantile(0.5), softmax),
     "knn_vote": (lambda: callbacks.KNNVote(5), dict),
+    "consensus": (lambda: callbacks.Consensus(warmup_steps=1), dict),
     "tsint": (lambda: callbacks.TSINT(teacher_momentum=0.9), lambda: {"memory_size": 0}),
 }
 

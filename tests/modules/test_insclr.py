@@ -120,7 +120,7 @@ def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -
     before = net.bank.embedding.clone()
     out = net.step(batch)
     assert not set(out.extras["memory_index"].tolist()) & set(batch["index"].tolist())
-    net._select(out)
+    net._select(out, batch)
     out.loss_fn(None)["loss"].backward()
     assert torch.equal(net.bank.embedding, before)
     net.on_after_backward()
@@ -153,7 +153,7 @@ def test_a_nan_feature_of_a_plain_image_rejects_it() -> None:
     loss = out.loss_fn(None)["loss"]
     loss.backward()
     assert loss.isfinite()
-    net._select(out)
+    net._select(out, batch)
     net.on_after_backward()
     assert net.plain_bank.embedding.isfinite().all()
 

@@ -179,6 +179,15 @@ def test_two_networks_differ_and_each_can_be_asked():
     assert RCML("resnet10t", num_classes=2, in_channels=5).feature_layer == "layer1"
 
 
+@pytest.mark.parametrize("cls", [JoCoR, RCML])
+def test_a_stem_for_small_images_is_given_to_both_networks(cls: type[EmbeddingModule]) -> None:
+    net = cls("resnet18", num_classes=2, in_channels=4, stem="cifar")
+    for backbone in (net.backbone, net.backbone_2):
+        assert (backbone.conv1.kernel_size, backbone.conv1.stride) == ((3, 3), (1, 1))
+        assert backbone.conv1.in_channels == 4
+    assert not torch.equal(net.backbone.conv1.weight, net.backbone_2.conv1.weight)
+
+
 def test_errors_say_what_is_accepted():
     for call, words in {
         lambda: module("bce", num_classes=None): "num_classes",
