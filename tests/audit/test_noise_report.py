@@ -148,7 +148,6 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     # the ledger alone
     assert main(["audit", "--ledger", "runs/q", "--out", "led"]) == 0
     assert (tmp_path / "led" / "report.html").is_file()
-    assert json.loads((tmp_path / "led" / "audit.json").read_text())["corrected"]["dropped"] > 0
     capfd.readouterr()
     for args, message in (
         (["--config", "runs/q/config.yaml"], "'audit' needs --ckpt_path"),
