@@ -171,11 +171,11 @@ def audit_ledger(
     frame = from_ledger(path)
     if "label" not in frame.columns:
         raise ValueError(f"ledger '{path}' has no column 'label'; its run used a datamodule without labels")
-    rate = mixture_rate(torch.from_numpy(frame["log_p_clean"].to_numpy(dtype=np.float32)))
+    rate = mixture_rate(torch.from_numpy(frame["log_p_clean"].to_numpy(dtype=np.float32, copy=True)))
     facts = {"ledger": str(path), "scores": "mean log P_clean of the run's noise filter (relative)"}
     facts["estimate of wrong labels"] = "lower of two Gaussians fitted to the scores"
     report = ReportFacts("Label audit (ledger)", facts, rate, False)
-    label = torch.from_numpy(frame.sort_values("index")["label"].to_numpy())
+    label = torch.from_numpy(frame.sort_values("index")["label"].to_numpy(copy=True))
     data = data or AuditData(label, int(label.max()) + 1)
     return _write(folder, frame, data, options, report)
 

@@ -76,13 +76,19 @@ def _noise(data: Any) -> str:
     noise = getattr(data, "noise", None)
     if data is None or noise is None:
         return ""
-    if kind := getattr(noise, "kind", None):
-        text = "none injected" if kind == "none" else f"{kind}, rate {noise.rate:g}, seed {noise.seed}"
+    kind = getattr(noise, "kind", None)
+    if table := getattr(noise, "table", None) if kind else noise:
+        text = f"label table {table}"
     else:
-        text = f"label table {noise}"
+        text = "none injected" if kind == "none" else f"{kind}, rate {noise.rate:g}, seed {noise.seed}"
     flags = getattr(data, "train_is_noise", None)
+    keep = getattr(data.splits.train, "keep", None) if hasattr(data, "splits") else None
+    if keep is not None:
+        text += f", which leaves out {int((~torch.as_tensor(keep)).sum())} samples"
     if flags is not None:
-        text += f"; realised {float(torch.as_tensor(flags).float().mean()):.1%} wrong labels"
+        flags = torch.as_tensor(flags)
+        flags = flags if keep is None else flags[torch.as_tensor(keep)]
+        text += f"; realised {float(flags.float().mean()):.1%} wrong labels"
     return text
 
 

@@ -21,6 +21,7 @@ class NRMLTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
+        weights_only: bool | None = None,
         out: str | None = None,
         evidence: Literal["auto", "both", "centres", "knn"] = "auto",
         k: int = 20,
@@ -36,6 +37,8 @@ class NRMLTrainer(Trainer):
             model: the module.
             datamodule: the data whose train labels are judged.
             ckpt_path: ``best``, ``last``, a file, the folder of a run, or ``init`` for the untrained model.
+            weights_only: whether the checkpoint may hold tensors and plain types only, as Lightning's verbs
+                have it (a run's saved config names it).
             out: folder to write to; default ``audit`` in the run folder.
             evidence: ``both`` (class centres and nearest neighbours), one of them, or ``auto``.
             k: neighbours that vote.
@@ -50,7 +53,13 @@ class NRMLTrainer(Trainer):
         datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]
         collector = PredictionCollector()
         self.callbacks.append(collector)  # type: ignore[attr-defined]
-        self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+        self.predict(
+            model,
+            datamodule=datamodule,
+            ckpt_path=ckpt_path,
+            return_predictions=False,
+            weights_only=weights_only,
+        )
         if not self.is_global_zero:
             return
         folder = Path(out) if out else Path(self.default_root_dir, "audit")

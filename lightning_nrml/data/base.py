@@ -83,7 +83,7 @@ class NRMLDataModule(LightningDataModule):
         batch_size: int = 64,
         m_per_class: int | None = None,
         eval_batch_size: int = 256,
-        noise: NoiseConfig | str | None = None,
+        noise: NoiseConfig | Path | str | None = None,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -114,7 +114,9 @@ class NRMLDataModule(LightningDataModule):
         if cache not in ("auto", True, False):
             raise ValueError(f"cache must be 'auto', true or false, got {cache!r}")
         self.batch_size, self.m_per_class, self.eval_batch_size = batch_size, m_per_class, eval_batch_size
-        self.noise = NoiseConfig(table=noise) if isinstance(noise, str) else noise or NoiseConfig()
+        if isinstance(noise, str | Path):
+            noise = NoiseConfig(table=str(noise))
+        self.noise = noise or NoiseConfig()
         self.seed, self.epoch_length = seed, epoch_length
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.on_bad_image: OnBadImage = on_bad_image

@@ -296,7 +296,7 @@ def _from_table(
                 f"{frame['clean_label'].iloc[where]}, but the dataset says {clean[where]} for index {where}; "
                 "the table was made for another order of the samples (else drop the column)"
             )
-    keep = frame["keep"].to_numpy(dtype=bool) if "keep" in frame.columns else None
+    keep = frame["keep"].to_numpy(dtype=bool, copy=True) if "keep" in frame.columns else None
     if keep is not None and not keep.any():
         raise ValueError(f"label table '{config.table}', column 'keep' leaves no sample to train on")
     if "is_noise" not in frame.columns:

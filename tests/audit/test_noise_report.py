@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from helpers import digits, module, trainer
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 
 from lightning_nrml.__main__ import main
 from lightning_nrml.audit import AuditOptions
@@ -60,26 +66,54 @@ def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> No
         NoiseReport(history=-1)
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline run's log: what ``wandb sync`` sends. A LevelDB log behind 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        left = 32768 - at % 32768
+        if left < 7:  # no room for a header: padding up to the next block
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", raw, at + 4)
+        parts += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
 def test_offline_wandb_run_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="audit")
     report = NoiseReport(options=AuditOptions(gallery=5))
-    trainer(tmp_path, epochs=1, callbacks=[PRISM(), report], logger=logger).fit(module(), digits())
-    folder = Path(logger.experiment.dir)
+    data = digits()
+    trainer(tmp_path, epochs=1, callbacks=[PRISM(), report], logger=logger).fit(module(), data)
+    folder = Path(logger.experiment.dir).parent
     logger.experiment.finish()
-    tables = {}
-    for path in folder.rglob("*.table.json"):
-        tables[path.name.rsplit("_", 2)[0]] = json.loads(path.read_text())
-    assert set(tables) == {"suspects", "confusion"}
-    suspects = tables["suspects"]
+    stored: dict[str, Path] = {}  # what the run's artifacts hold, and where that lies until it is sent
+    logged = {}
+    for record in wandb_records(next(folder.glob("*.wandb"))):
+        stored |= {e.path: Path(e.local_path) for e in record.artifact.manifest.contents}
+        logged |= {"/".join(i.nested_key): i.value_json for i in record.history.item}
     table = pd.read_parquet(tmp_path / "audit" / "audit.parquet")
+    summary = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert float(logged["audit/noise_rate"]) == pytest.approx(summary["noise_rate"], abs=1e-6)
+    suspects = json.loads(stored["audit/suspects.table.json"].read_text())
     at = suspects["columns"].index("index")
     assert suspects["columns"][0] == "image"
     assert [row[at] for row in suspects["data"]] == table["index"].head(100).tolist()
-    assert len(list(folder.rglob("*.png"))) == len({json.dumps(row[0]) for row in suspects["data"]})
+    for row in suspects["data"]:  # beside each sample its own picture
+        pixels = np.asarray(Image.open(stored[row[0]["path"]]))
+        assert np.array_equal(pixels, data.splits.train.images.get([row[at]])[0, 0].numpy())
+    confusion = json.loads(stored["audit/confusion.table.json"].read_text())
     differ = (table["label"] != table["suggested_label"]).sum()
-    assert sum(row[2] for row in tables["confusion"]["data"]) == differ
+    assert sum(row[2] for row in confusion["data"]) == differ
 
 
 @pytest.fixture
@@ -101,13 +135,23 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert summary["samples"] == 1297
     assert "checkpoints/" in summary["checkpoint"]
     assert "relabelled" in summary["corrected"]
+    # train again on the corrected table
+    table = "runs/q/audit/labels_corrected.csv"
+    again = [f"--data.init_args.noise={table}", "--trainer.default_root_dir=runs/r"]
+    again += ["--trainer.max_steps=2", "--model.init_args.schedule.warmup_steps=0"]
+    assert main(["fit", "--config", str(recipe_folder() / "quickstart.yaml"), *again]) == 0
+    left_out = summary["corrected"]["dropped"]
+    card = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert f"label table {table}, which leaves out {left_out} samples; realised" in card
+    # the path, not the file's content
+    assert yaml.safe_load(Path("runs/r/config.yaml").read_text())["data"]["init_args"]["noise"] == table
     # the ledger alone
     assert main(["audit", "--ledger", "runs/q", "--out", "led"]) == 0
     assert (tmp_path / "led" / "report.html").is_file()
     capfd.readouterr()
     for args, message in (
         (["--config", "runs/q/config.yaml"], "'audit' needs --ckpt_path"),
-        (["--ckpt_path", "nowhere", "--config", "runs/q/config.yaml"], "--ckpt_path nowhere finds nothing"),
+        (["--config", "runs/q/config.yaml", "--ckpt_path", "nowhere"], "--ckpt_path nowhere finds nothing"),
         (["--ledger", "nowhere"], "--ledger nowhere finds nothing"),
         (["--ckpt_path", "runs/q", "--review", "none.csv"], "review 'none.csv' does not exist"),
         (["--ckpt_path", "runs/q", "--rule", "guess"], "rule cannot be 'guess'"),

@@ -72,9 +72,10 @@ def test_evidence_equals_a_slow_loop():
 
 @pytest.mark.parametrize("evidence", ["both", "centres", "knn"])
 def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
-    """Whatever the label of one sample, what is suggested for it is the same, bit for bit.
+    """Whatever the label of one sample, what is suggested for it is the same.
 
-    The three numbers of the noise model, which all labels share, are held fixed.
+    The three numbers of the noise model, which all labels share, are held fixed. Equal calls
+    may differ in the last bit; its own vote would change the confidence by a tenth.
     """
     monkeypatch.setattr("lightning_nrml.audit.scores._fit", lambda problem: torch.tensor([1.5, 0.5, -1.0]))
     row, label, clean = blobs(0.3, each=20)
@@ -82,7 +83,7 @@ def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     one[7], two[7] = clean[7], (clean[7] + 2) % 6
     first, second = (audit_scores(row, y, 6, evidence, k=5) for y in (one, two))
     assert first.suggested[7] == second.suggested[7]
-    assert first.confidence[7] == second.confidence[7]
+    torch.testing.assert_close(first.confidence[7], second.confidence[7], rtol=1e-5, atol=0.0)
     assert first.log_p_clean[7] > second.log_p_clean[7]
 
 

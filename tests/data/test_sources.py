@@ -48,8 +48,14 @@ def test_memory_returns_rows_in_the_order_asked_for_and_subsets_keep_bad_rows():
     assert part.get([1]).item() == 1
     with pytest.raises(BadImageError, match="number three"):
         part.get([1, 0])
-    with pytest.raises(TypeError, match="must be uint8"):
-        MemorySource(images.float())
+    raster = MemorySource(images.float() * 1000)  # float32 is for rasters, whose values are physical
+    assert raster.dtype == torch.float32
+    assert raster.get([4]).item() == 4000
+    for refused in (torch.float64, torch.float16, torch.complex64, torch.int64):
+        with pytest.raises(TypeError, match=f"must be uint8.*got {refused}"):
+            MemorySource(images.to(refused))
+    with pytest.raises(TypeError, match=r"must be uint8 \(N, C, H, W\)"):
+        MemorySource(images[0])
 
 
 def test_encoded_images_decode_to_the_pixels_that_pillow_gives():
