@@ -203,7 +203,8 @@ def fit(
     plug, curve, writes = CASES[name](), Curve(), Writes(folder, "{epoch}", save_top_k=-1)
     callbacks = [RetrievalEvaluator(), curve, writes, Stop(epochs), *([plug] if plug else [])]
     diet = {"m_per_class": None, "epoch_length": None} if name == "epoch" else {"m_per_class": 8}
-    data = digits(batch_size=64 // world, eval_batch_size=100, **diet)
+    ranks = options.get("devices", 1)  # more than ``world`` where Lightning has yet to launch the others
+    data = digits(batch_size=64 // ranks, eval_batch_size=100, **diet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = trainer(folder, 2, callbacks, precision=precision, **options)
@@ -298,14 +299,17 @@ import torch, test_training
 if __name__ == "__main__":
     for name in ("avg", "epoch"):
         folder = Path(sys.argv[3]) / name
-        result = test_training.fit(folder, name, strategy="ddp", devices=2, precision=32)
+        result = test_training.fit(folder, name, strategy="ddp", devices=2)
         torch.save(result, folder / f"rank{test_training.distributed.rank()}.pt")
 """
 
 
 @pytest.mark.slow
 def test_processes_that_lightning_launches_equal_one_process(tmp_path):
-    """The whole road: ``strategy="ddp"`` starts its second process, single precision."""
+    """The whole road: ``strategy="ddp"`` starts its second process.
+
+    In float64: in single precision one of 500 queries may find another neighbour.
+    """
     here = Path(__file__).resolve().parent
     script = tmp_path / "train.py"
     script.write_text(LAUNCHED)
@@ -320,10 +324,10 @@ def test_processes_that_lightning_launches_equal_one_process(tmp_path):
     assert "sync_dist" not in done.stderr
     assert "deprecated" not in done.stderr.replace("LeafSpec)` is deprecated", "")
     for name in ("avg", "epoch"):
-        want = fit(tmp_path / "one" / name, name, precision=32)
+        want = fit(tmp_path / "one" / name, name)
         zero, one = (torch.load(tmp_path / name / f"rank{r}.pt") for r in (0, 1))
         assert zero["wrapped"] == "DistributedDataParallel"
         assert [zero["writes"], one["writes"]] == [2, 0]
         for key, value in zero["state"].items():
             assert torch.equal(value.nan_to_num(), one["state"][key].nan_to_num()), key
-        assert_same_run(zero, want, 1e-5)
+        assert_same_run(zero, want, 1e-6)
