@@ -133,6 +133,15 @@ def test_evidence_is_a_running_mean_without_start_bias():
     assert all((x.abs() <= 3 + 1e-4).all() for x in opinions)
 
 
+def test_histogram_holds_the_evidence_on_record_once():
+    part = Consensus(10, 16, 600, warmup_steps=5)
+    run(part, 0.4, steps=60)  # samples come back, also twice in one batch
+    told = part.evidence[~part.evidence.isnan()]
+    rebuilt = TwoGroups()
+    rebuilt.replace(torch.full_like(told, torch.nan), told, torch.ones(len(told), dtype=torch.bool))
+    assert torch.equal(part.groups.counts, rebuilt.counts)
+
+
 def test_decisions_do_not_depend_on_the_order_of_the_batch():
     first, second = (Consensus(10, 16, 600, warmup_steps=3) for _ in range(2))
     draw, given, _, g = clusters(0.4)
