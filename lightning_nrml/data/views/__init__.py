@@ -17,6 +17,7 @@ from lightning_nrml.data.views.geometry import (
 from lightning_nrml.data.views.library import KorniaOp
 from lightning_nrml.data.views.recipes import (
     BYOLViews,
+    EACViews,
     EvalView,
     InsCLRViews,
     MetricView,
@@ -37,6 +38,7 @@ __all__ = [
     "BandJitter",
     "ColorJitter",
     "Draws",
+    "EACViews",
     "EvalView",
     "GaussianBlur",
     "Grayscale",
