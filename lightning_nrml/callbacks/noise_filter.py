@@ -290,7 +290,7 @@ class NoiseFilterCallback(Callback):
             pl_module.log("train/keep_rate", kept / count, prog_bar=True, logger=False, sync_dist=True)
         if self._quality.update_called:
             values = self._quality.compute()
-            for key in ("precision", "recall", "auroc", "f1"):
+            for key in ("precision", "recall", "auroc", "average_precision", "f1"):
                 value = torch.as_tensor(values[key], dtype=torch.float32)
                 pl_module.log(f"noise/{key}", value, sync_dist=True)  # equal on all ranks already
             self._quality.reset()

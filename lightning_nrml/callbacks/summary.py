@@ -23,6 +23,7 @@ ROWS = {
     "noise/precision": "keep precision: right among kept labels",
     "noise/recall": "keep recall: kept among right labels",
     "noise/auroc": "AUROC of the clean score",
+    "noise/average_precision": "average precision of finding wrong labels",
     "train/keep_rate": "keep rate",
     "train/loss": "training loss",
 }

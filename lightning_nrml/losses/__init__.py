@@ -4,6 +4,7 @@ from lightning_nrml.losses.base import Loss
 from lightning_nrml.losses.byol import BYOLLoss
 from lightning_nrml.losses.combined import CombinedLoss
 from lightning_nrml.losses.contrastive import ContrastiveLoss, CrossBatchContrastiveLoss
+from lightning_nrml.losses.eac import EACLoss
 from lightning_nrml.losses.insclr import InsCLRLoss
 from lightning_nrml.losses.mochi import MoCHiLoss
 from lightning_nrml.losses.multilabel import MultiLabelASLLoss, MultiLabelBCELoss, MultiLabelLoss
@@ -22,6 +23,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosineSoftmaxLoss",
     "CrossBatchContrastiveLoss",
+    "EACLoss",
     "InsCLRLoss",
     "Loss",
     "MoCHiLoss",

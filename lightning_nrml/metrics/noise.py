@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-NAMES = ("precision", "recall", "keep_rate", "f1", "auroc", "auroc_sd")
+NAMES = ("precision", "recall", "keep_rate", "f1", "auroc", "auroc_sd", "average_precision")
 
 
 def filter_quality(keep: Tensor, is_noise: Tensor, score: Tensor | None = None) -> dict[str, float]:
-    """Precision, recall, F1 and keep rate of the kept set, AUROC of the score; clean is the positive class.
+    """Precision, recall, F1 and keep rate of the kept set, AUROC and average precision of the score.
+
+    Clean is the positive class, but for ``average_precision``, which says how well the *wrong* labels are
+    found from the lowest score upwards.
 
     Args:
         keep: ``(B,)`` bool, or weights of which those > 0 are kept (any shape, e.g. ``(B, L)``).
         is_noise: bool of the same shape, True where the given label is wrong.
         score: of the same shape, higher = cleaner (``P_clean`` or its logarithm); NaN = no opinion, left
-            out of the AUROC only.
+            out of AUROC and average precision only.
 
     Returns:
         ``precision`` = P(clean | kept), ``recall`` = P(kept | clean), ``keep_rate``, ``f1``, ``auroc`` =
         P(score of a clean > score of a noisy sample) + P(equal) / 2, and ``auroc_sd``, its standard
-        deviation by DeLong et al., Biometrics 44 (1988). Undefined values (nothing kept, no noise, no
-        score) are NaN.
+        deviation by DeLong et al., Biometrics 44 (1988); ``average_precision``, see
+        :func:`average_precision`. Undefined values (nothing kept, no noise, no score) are NaN.
 
     Raises:
         ValueError: if the shapes differ.
@@ -61,6 +64,7 @@ def _result(counts: Tensor, score: Tensor, is_noise: Tensor) -> dict[str, float]
         "f1": _ratio(2 * both, kept + clean),
         "auroc": auroc,
         "auroc_sd": sd,
+        "average_precision": average_precision(-score, is_noise),
     }
 
 
@@ -92,6 +96,30 @@ def auroc_with_sd(score: Tensor, positive: Tensor) -> tuple[float, float]:
     return auroc, float((below.var() / n + above.var() / m).sqrt())
 
 
+def average_precision(score: Tensor, positive: Tensor) -> float:
+    """Mean precision at the ranks of the positives, highest score first: ``sum (R_n - R_(n-1)) P_n``.
+
+    No interpolation. Equal scores form one step, so their order does not matter; a score that tells nothing
+    gives the share of positives.
+
+    Args:
+        score: ``(N,)`` without NaN; infinities are allowed and rank as such.
+        positive: ``(N,)`` bool.
+
+    Returns:
+        In (0, 1]; NaN where there is no positive, or nothing else.
+    """
+    total = int(positive.sum())
+    if not total or total == len(positive):
+        return float("nan")
+    _, inverse, count = score.unique(return_inverse=True, return_counts=True)
+    hits = torch.zeros(len(count), dtype=torch.float64, device=score.device)
+    hits.index_add_(0, inverse, positive.double())
+    hits, count = hits.flip(0), count.flip(0).double()
+    precision = hits.cumsum(dim=0) / count.cumsum(dim=0)
+    return float((hits * precision).sum() / total)
+
+
 def mid_rank(x: Tensor) -> Tensor:
     """``(N,)`` float64 ranks from 1; equal values share the mean of their ranks."""
     _, inverse, count = x.unique(return_inverse=True, return_counts=True)
@@ -102,7 +130,7 @@ def mid_rank(x: Tensor) -> Tensor:
 class FilterQuality(Metric):
     """:func:`filter_quality` accumulated over batches and ranks.
 
-    Keeps four counts, and 5 bytes per scored sample for the exact AUROC.
+    Keeps four counts, and 5 bytes per scored sample for the exact AUROC and average precision.
     """
 
     is_differentiable = False

@@ -2,6 +2,7 @@
 
 from lightning_nrml.modules.base import EmbeddingModule
 from lightning_nrml.modules.byol import BYOL
+from lightning_nrml.modules.eac import EAC
 from lightning_nrml.modules.insclr import InsCLR
 from lightning_nrml.modules.jocor import JoCoR
 from lightning_nrml.modules.linear_probe import LinearProbe
@@ -15,6 +16,7 @@ from lightning_nrml.modules.swav import SwAV
 
 __all__ = [
     "BYOL",
+    "EAC",
     "EmbeddingModule",
     "InsCLR",
     "JoCoR",

@@ -37,6 +37,17 @@ def test_finds_wrong_labels_their_class_and_their_rate(rate, evidence):
         assert wrong[worst].float().mean() > 0.97
 
 
+def test_half_wrong_labels_that_a_net_has_half_learned_are_not_explained_away():
+    """Compact classes, each sample moved a little towards its given one, as training on noise does."""
+    row, label, clean = blobs(0.5, classes=10, each=100)
+    direction = F.normalize(torch.stack([row[clean == c].mean(0) for c in range(10)]), dim=1)
+    found = audit_scores(row + 0.2 * direction[label], label, 10)
+    wrong = label != clean
+    assert found.noise_rate == pytest.approx(float(wrong.float().mean()), abs=0.05)
+    doubted = found.log_p_clean.exp() < 0.5
+    assert (doubted == wrong).float().mean() > 0.95
+
+
 def test_bayes_in_the_log_domain():
     p, r, c = torch.tensor([0.9, 0.2, 1e-3]), 0.3, 5
     expected = (1 - r) * p / ((1 - r) * p + r * (1 - p) / (c - 1))

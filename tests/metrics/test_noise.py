@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
 from lightning_nrml.metrics import FilterQuality, filter_quality
 
@@ -29,6 +29,8 @@ def test_by_hand():
     assert got["keep_rate"] == pytest.approx(3 / 5)
     # clean .9 .5 .1 against noisy .5 .0: 2 + 1.5 + 1 wins of 6
     assert got["auroc"] == pytest.approx(4.5 / 6)
+    # from below: the noisy .0 (1 of 1), the clean .1, then .5 twice, one of them noisy (2 of 4)
+    assert got["average_precision"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
 
 
 def test_equals_scikit_learn():
@@ -37,6 +39,15 @@ def test_equals_scikit_learn():
     precision, recall, f1, _ = precision_recall_fscore_support(~noise, keep, average="binary")
     assert (got["precision"], got["recall"], got["f1"]) == pytest.approx((precision, recall, f1))
     assert got["auroc"] == pytest.approx(roc_auc_score(~noise, score), abs=1e-9)
+    assert got["average_precision"] == pytest.approx(average_precision_score(noise, -score), abs=1e-9)
+
+
+def test_a_score_that_tells_nothing_finds_wrong_labels_as_often_as_they_are():
+    keep, noise, score = draw()
+    assert filter_quality(keep, noise, 0 * score)["average_precision"] == pytest.approx(
+        float(noise.float().mean())
+    )
+    assert filter_quality(keep, noise, -noise.float())["average_precision"] == 1.0
 
 
 def test_sd_matches_the_spread_over_draws():
@@ -51,15 +62,18 @@ def test_nan_scores_leave_only_the_auroc():
     got = filter_quality(keep, noise, score)
     known = ~score.isnan()
     assert got["auroc"] == pytest.approx(roc_auc_score(~noise[known], score[known]), abs=1e-9)
+    want = average_precision_score(noise[known], -score[known])
+    assert got["average_precision"] == pytest.approx(want, abs=1e-9)
     assert got["precision"] == filter_quality(keep, noise)["precision"]
 
 
 def test_infinite_scores_rank_and_monotone_maps_change_nothing():
     keep, noise, score = draw()
-    want = filter_quality(keep, noise, score)["auroc"]
-    assert filter_quality(keep, noise, score.exp())["auroc"] == want
     lowest = score == score.min()
-    assert filter_quality(keep, noise, score.masked_fill(lowest, -torch.inf))["auroc"] == want
+    for key in ("auroc", "average_precision"):
+        want = filter_quality(keep, noise, score)[key]
+        assert filter_quality(keep, noise, score.exp())[key] == want
+        assert filter_quality(keep, noise, score.masked_fill(lowest, -torch.inf))[key] == want
 
 
 def test_large_samples_rank_exactly():
@@ -78,7 +92,9 @@ def test_undefined_values_are_nan():
     assert got["recall"] == 0
     assert got["keep_rate"] == 0
     assert math.isnan(got["auroc"])
-    all_noise = filter_quality(none + 1, ~clean)
+    assert math.isnan(got["average_precision"])
+    all_noise = filter_quality(none + 1, ~clean, torch.rand(4))
+    assert math.isnan(all_noise["average_precision"])
     assert math.isnan(all_noise["recall"])
     assert all_noise["precision"] == 0
     assert all(math.isnan(v) for v in filter_quality(none[:0], clean[:0], none[:0]).values())

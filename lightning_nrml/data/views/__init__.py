@@ -25,7 +25,14 @@ from lightning_nrml.data.views.geometry import (
     VerticalFlip,
 )
 from lightning_nrml.data.views.library import KorniaOp
-from lightning_nrml.data.views.recipes import EvalView, InsCLRViews, MetricView, eval_view, metric_view
+from lightning_nrml.data.views.recipes import (
+    EACViews,
+    EvalView,
+    InsCLRViews,
+    MetricView,
+    eval_view,
+    metric_view,
+)
 from lightning_nrml.data.views.rng import Draws, ViewKey, counter_uniform
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "BandJitter",
     "ColorJitter",
     "Draws",
+    "EACViews",
     "EvalView",
     "GaussianBlur",
     "Grayscale",

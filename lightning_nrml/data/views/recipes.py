@@ -139,5 +139,42 @@ class InsCLRViews(MetricView):
         self.views.append(nn.ModuleList([Resize(plain_size or size, "bilinear")]))
 
 
+class EACViews(Views):
+    """The image, and its mirror image, each with an erased rectangle of its own, for EAC.
+
+    As in the official code for noisy labels (Zhang et al., ECCV 2022, arXiv 2207.10299): half of the images
+    get Gaussian pixel noise in the first view; both views erase with probability ``erasing``. There is no
+    crop or turn, because the attention of both views is compared place by place. What is erased becomes the
+    average of ``mean`` over the channels, which is near 0 after normalisation.
+
+    Args:
+        size: side of the square output in pixels.
+        erasing: probability of an erased rectangle, in each view.
+        erasing_scale: range of its share of the area.
+        noise: standard deviation of the pixel noise, in units of [0, 1]; the official one is sqrt(30) / 255.
+        mean: per-channel mean in units of [0, 1]; ``None`` = no normalisation.
+        std: per-channel standard deviation.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        erasing: float = 0.5,
+        erasing_scale: tuple[float, float] = (0.02, 0.25),
+        noise: float = 0.0215,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        value = sum(mean) / len(mean) if mean else 0.0
+        plain: list[ViewOp] = [Resize(size)]
+        mirrored: list[ViewOp] = [Resize(size), HorizontalFlip(1.0)]
+        if noise > 0:
+            plain.append(BandJitter(noise=noise, p=0.5))
+        for ops in (plain, mirrored):
+            if erasing > 0:
+                ops.append(RandomErasing(erasing, erasing_scale, value=value))
+        super().__init__([plain, mirrored], mean, std)
+
+
 eval_view = EvalView
 metric_view = MetricView

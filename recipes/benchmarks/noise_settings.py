@@ -1,0 +1,193 @@
+"""What noise_table.py runs: methods, settings, and the one command of each run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+METHODS = {
+    "none": "no filter",
+    "prism_avg": "PRISM AvgSim",
+    "prism_vmf": "PRISM vMF-Sim, a kappa per class",
+    "prism_vmf_shared": "PRISM vMF-Sim, one kappa",
+    "knn_vote": "kNN vote",
+    "tsint": "T-SINT (pairs; no memory)",
+    "known_clean": "known clean (upper bound)",
+    "cross_entropy": "cross-entropy, no filter",
+    "bare": "cross-entropy + BARE (not told the rate)",
+    "small_loss": "cross-entropy + small loss",
+    "combined": "contrastive + 0.3 cross-entropy, no filter",
+    "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
+    "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
+    "frozen": "cross-entropy, no filter, kept for frozen embeddings",
+}
+UNFILTERED = ("none", "known_clean", "cross_entropy", "combined")
+#: run unless --methods says otherwise
+USUAL = tuple(method for method in METHODS if method != "combined_prism")
+SOFTMAX_ONLY = ("cross_entropy", "frozen", "bare", "small_loss")
+BOTH_LOSSES = ("combined", "combined_prism", "consensus")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set with one kind of noise.
+
+    Args:
+        name, title: of folder and table.
+        recipe: the recipe that holds net, optimiser and sampler.
+        rate: what filters that want a noise rate are told: the true one.
+        warmup: steps of PRISM's and kNN vote's warm-up.
+        ramp: epochs until small loss drops its full share, about a third of the run.
+        classes: classes of the given labels.
+        dim: values per embedding.
+        noise: overrides that set the noise of a seed; {rate} and {seed} are filled in.
+        fixed: further overrides.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    rate: float
+    warmup: int
+    ramp: int
+    classes: int
+    dim: int
+    noise: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
+
+
+def settings(data: Path) -> list[Setting]:
+    """All settings, the quick and the central ones first."""
+    found = [_digits("digits_50", "50 % symmetric", 0.5, 10, ("noise.seed={seed}",))]
+    for rate in (0.5, 0.2):
+        found += [_omniglot(data, rate), _caltech(data, rate)]
+        if rate == 0.5:
+            found.append(_cifar(data, "worse", "40 %", 0.4))
+    found += [
+        _cifar(data, "random1", "17 %", 0.172),
+        _cifar(data, "aggre", "9 %", 0.09),
+        _digits("digits_20", "20 % symmetric", 0.2, 10, ("noise.rate=0.2", "noise.seed={seed}")),
+        _digits(
+            "digits_cluster", "2 of 10 classes dissolved (small-cluster)", 0.2, 8,
+            ("noise.kind=small_cluster", "noise.rate=0.2", "noise.seed={seed}"),
+        ),
+        _caltech_cluster(data),
+    ]  # fmt: skip
+    return found
+
+
+def _data(*overrides: str) -> tuple[str, ...]:
+    return tuple(f"--data.init_args.{text}" for text in overrides)
+
+
+def _digits(name: str, noise: str, rate: float, classes: int, overrides: tuple[str, ...]) -> Setting:
+    title = f"scikit-learn digits, {noise}"
+    return Setting(
+        name, title, "quickstart", rate, 40, 10, classes, 64, _data(*overrides), _data("seed={seed}")
+    )
+
+
+def _omniglot(data: Path, rate: float) -> Setting:
+    percent = round(100 * rate)
+    return Setting(
+        f"omniglot_{percent}", f"Omniglot, {percent} % symmetric: 659 unseen classes",
+        "dml/prism_omniglot", rate, 150, 1, 964, 128,
+        _data("noise_list=noise_lists.npz:given_r{rate}_s{seed}"),
+        (
+            f"--data.init_args.path={data}/omniglot/omniglot.npz",
+            f"--model.init_args.init_weights={data}/omniglot/simclr_start.npz",
+        ),
+    )  # fmt: skip
+
+
+def _caltech(data: Path, rate: float) -> Setting:
+    percent = round(100 * rate)
+    return Setting(
+        f"caltech101_{percent}", f"caltech101_dml, {percent} % symmetric: 49 unseen classes",
+        "dml/prism_caltech101", rate, 250, 5, 50, 128,
+        _data("noise_list=noise_lists.npz:given_r{rate}_s{seed}"),
+        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"),
+    )  # fmt: skip
+
+
+def _caltech_cluster(data: Path) -> Setting:
+    cluster = ("noise.kind=small_cluster", "noise.rate=0.5", "noise.seed={seed}")
+    return Setting(
+        "caltech101_cluster",
+        "caltech101_dml, 25 of 50 classes dissolved (small-cluster): 49 unseen classes",
+        "dml/prism_caltech101", 0.5, 250, 5, 25, 128,
+        _data("noise_list=null", *cluster),
+        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"),
+    )  # fmt: skip
+
+
+def _cifar(data: Path, label: str, wrong: str, rate: float) -> Setting:
+    return Setting(
+        f"cifar10n_{label}", f"CIFAR-10N {label} (human labels, {wrong} wrong): 10,000 test images",
+        "dml/prism_cifar10n", rate, 100, 1, 10, 128, _data("seed={seed}", f"label={label}"),
+        (
+            *_data(f"path={data}/cifar10n/cifar10n_jpeg.npz"),
+            *_data("epoch_length=24960"),  # 390 steps in all: one pass over the images
+            "--trainer.max_epochs=2",
+        ),
+    )  # fmt: skip
+
+
+def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
+    """Evaluator and filter of a run, as YAML has them."""
+    found: list[dict[str, Any]] = [{"class_path": "RetrievalEvaluator"}]
+    told = {"noise_rate": setting.rate}
+    if "prism" in method:
+        init: dict[str, Any] = {**told, "warmup_steps": setting.warmup}
+        if "vmf" in method:
+            init |= {"similarity": "vmf", "shared_kappa": method.endswith("shared")}
+        found.append({"class_path": "PRISM", "init_args": init})
+    elif method == "knn_vote":
+        found.append({"class_path": "KNNVote", "init_args": {**told, "warmup_steps": setting.warmup}})
+    elif method == "tsint":
+        found.append({"class_path": "TSINT", "init_args": {**told, "teacher_momentum": 0.99}})
+    elif method == "small_loss":
+        found.append({"class_path": "SmallLoss", "init_args": {**told, "ramp_epochs": setting.ramp}})
+    elif method == "known_clean":
+        found.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
+    elif method in ("bare", "consensus"):
+        found.append(
+            {"class_path": {"bare": "BARE", "consensus": "Consensus"}[method]}
+        )  # one setting for all
+    return found
+
+
+def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]:
+    """Arguments of ``nrml`` for one run."""
+    extra: list[str] = []
+    softmax = {"num_classes": setting.classes, "embedding_dim": setting.dim, "scale": 16.0}
+    loss: dict[str, Any] = {"class_path": "CosineSoftmaxLoss", "init_args": softmax}
+    if method in SOFTMAX_ONLY or method == "tsint":
+        extra = ["--model.init_args.memory_size=0"]
+    if method in BOTH_LOSSES:
+        both = {"losses": [{"class_path": "ContrastiveLoss"}, loss], "weights": [1.0, 0.3]}
+        loss = {"class_path": "CombinedLoss", "init_args": both}
+    elif method not in SOFTMAX_ONLY:
+        loss = {}
+    if loss:
+        extra += [
+            "--model.init_args.loss=" + json.dumps(loss),
+            "--model.init_args.optimizer.loss_lr=0.001",
+        ]
+    noise = [text.format(rate=setting.rate, seed=seed) for text in (*setting.noise, *setting.fixed)]
+    return [
+        "fit",
+        f"--config={REPO}/recipes/{setting.recipe}.yaml",
+        f"--seed_everything={seed}",
+        *noise,
+        *extra,
+        "--trainer.callbacks=null",  # else the list below would inherit options of the recipe's callbacks
+        "--trainer.callbacks=" + json.dumps(callbacks(setting, method)),
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+        f"--trainer.enable_checkpointing={'true' if method == 'frozen' else 'false'}",
+    ]

@@ -1,0 +1,115 @@
+"""The command behind the noise tables: arguments, ledgers, means, and the judges of embeddings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lightning_nrml.cli.check import check_override, load_yaml
+from lightning_nrml.cli.recipes import config_arguments
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
+spec = importlib.util.spec_from_file_location("noise_table", FOLDER / "noise_table.py")
+assert spec is not None
+assert spec.loader is not None
+noise_table = importlib.util.module_from_spec(spec)
+sys.modules["noise_table"] = noise_table
+spec.loader.exec_module(noise_table)
+noise_frozen = sys.modules["noise_frozen"]
+SETTINGS = {setting.name: setting for setting in noise_table.settings(Path("data"))}
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("method", list(noise_table.METHODS))
+def test_commands_name_real_recipes_and_keys(name: str, method: str, tmp_path: Path) -> None:
+    args = noise_table.command(SETTINGS[name], method, 3, tmp_path)
+    (_, config), *_ = config_arguments(args)
+    tree = load_yaml(Path(config))
+    for word in args[1:]:
+        key, _, value = word[2:].partition("=")
+        if key != "config":
+            assert check_override(key, value, tree) is None, word
+    assert "--seed_everything=3" in args
+    assert any("3" in word for word in args if word.startswith("--data.init_args."))
+    assert not any("{" in word for word in args if word.startswith("--data."))
+
+
+def test_every_filter_is_told_the_true_rate_or_none() -> None:
+    for setting in SETTINGS.values():
+        for method in noise_table.METHODS:
+            _, *filters = sys.modules["noise_settings"].callbacks(setting, method)
+            told = [c["init_args"]["noise_rate"] for c in filters if "noise_rate" in c.get("init_args", {})]
+            expected = (
+                [] if method in ("bare", "consensus", "frozen", *noise_table.UNFILTERED) else [setting.rate]
+            )
+            assert told == expected, (setting.name, method)
+
+
+def run(folder: Path, last: dict, ledger: pd.DataFrame | None = None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"last": last, "best": {}, "cpu_seconds": 1.0}))
+    if ledger is not None:
+        ledger.to_parquet(folder / "noise_ledger.parquet")
+
+
+def test_tables_from_finished_runs(tmp_path: Path) -> None:
+    scores = {"val/recall@1": 0.5, "val/map@r": 0.2}
+    decided = {"noise/precision": 0.75, "noise/recall": 0.6, "noise/auroc": 0.1}
+    ledger = pd.DataFrame(
+        {"label": [0, 0, 1, 1, 1], "clean_label": [0, 1, 1, 0, 1], "log_p_clean": [-1, -2, -3, -4, np.nan]}
+    )
+    run(tmp_path / "digits_50" / "none" / "seed0", scores)
+    run(tmp_path / "digits_50" / "bare" / "seed0", scores | decided, ledger)
+    run(tmp_path / "digits_50" / "frozen" / "seed0", scores)
+    found = {k: dict.fromkeys(noise_table.QUALITY, 0.25 * i) for i, k in enumerate(noise_table.SCORERS)}
+    (tmp_path / "digits_50" / "frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
+
+    rows = noise_table.collect(tmp_path, Path("data"))
+    assert [row["method"] for row in rows] == ["none", "bare"]
+    assert "| cross-entropy + BARE (not told the rate) | 1 | 0.500 | 0.200 | – | 0.750 | 0.600 | 0.100 |" in (
+        noise_table.table(SETTINGS["digits_50"], rows)
+    )
+    detection = noise_table.collect_detection(tmp_path, Path("data"))
+    assert [row["method"] for row in detection] == ["bare", *noise_table.SCORERS]
+    # wrong are -2 and -4, right -1 and -3: three of four pairs in order; precision 1, then 2/3
+    assert detection[0]["auroc"] == pytest.approx(3 / 4)
+    assert detection[0]["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
+    text = noise_table.detection_table(SETTINGS["digits_50"], detection)
+    assert "| cross-entropy + BARE (not told the rate) | 1 | 0.750 | 0.600 | 0.750 | 0.833 |" in text
+    assert "| `nrml audit --evidence knn` | 1 | 0.250 | 0.250 | 0.250 | 0.250 |" in text
+    assert noise_table.detection_table(SETTINGS["omniglot_50"], detection) == ""
+
+
+def test_out_of_fold_probabilities_do_not_know_their_own_label() -> None:
+    g = np.random.default_rng(0)
+    clean = np.arange(120) % 3
+    x = (np.eye(3)[clean] * 4 + g.normal(size=(120, 3))).astype(np.float32)
+    label = np.where(g.random(120) < 0.3, (clean + 1) % 3, clean)
+    _, probability = noise_frozen.out_of_fold(x, label)
+    assert probability.sum(1) == pytest.approx(1)
+    assert (probability.argmax(1) == clean).mean() > 0.95
+    other = label.copy()
+    other[7] = (label[7] + 1) % 3
+    _, changed = noise_frozen.out_of_fold(x, other)
+    assert changed[7] == pytest.approx(probability[7], abs=0.1)
+
+
+def test_both_judges_find_wrong_labels_and_share_the_embedding() -> None:
+    pytest.importorskip("cleanlab", reason="the extra 'bench' is not installed")
+    g = torch.Generator().manual_seed(0)
+    clean = torch.arange(300) % 5
+    x = torch.nn.functional.one_hot(clean, 5).float() * 3 + torch.randn(300, 5, generator=g)
+    wrong = torch.rand(300, generator=g) < 0.3
+    label = torch.where(wrong, (clean + 1 + torch.randint(4, (300,), generator=g)) % 5, clean)
+    found = noise_frozen.judge(x.numpy(), label.numpy(), clean.numpy(), 5)
+    assert list(found) == list(noise_frozen.SCORERS)
+    for name, quality in found.items():
+        assert quality["auroc"] > 0.9, name
+        assert quality["precision"] > 0.85, name
