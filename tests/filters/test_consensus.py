@@ -136,7 +136,7 @@ def test_evidence_is_a_running_mean_without_start_bias():
 @pytest.mark.parametrize("skill", [0.0, 1.0])
 def test_opinion_is_a_mean_weighted_by_agreement(skill):
     part = Consensus(10, 16, 600, warmup_steps=10)
-    draw, given, clean, g = clusters(0.3)
+    draw, given, _, g = clusters(0.3)
 
     def context(i):
         logits = torch.randn(len(i), 10, generator=g) + 4 * skill * F.one_hot(given[i], 10)
