@@ -163,21 +163,6 @@ def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
     return found
 
 
-def simclr_start(folder: Path) -> Path:
-    """The backbone of ssl_table.py's SimCLR run on caltech101, seed 0, beside this table's runs.
-
-    Raises:
-        FileNotFoundError: that run has not been made.
-    """
-    path = folder.parents[3] / "ssl_table" / "caltech101" / "simclr" / "seed0" / "pretrain"
-    path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: first run ssl_table.py --settings caltech101 --methods simclr --seeds 0"
-        )
-    return path
-
-
 def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]:
     """Arguments of ``nrml`` for one run."""
     extra: list[str] = []
@@ -191,7 +176,9 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
     elif method not in SOFTMAX_ONLY:
         loss = {}
     if method.startswith("pretrained"):
-        extra.append(f"--model.init_args.backbone_ckpt={simclr_start(folder)}")
+        # of ssl_table.py --settings caltech101 --methods simclr --seeds 0, beside this table's runs
+        start = folder.parents[3] / "ssl_table/caltech101/simclr/seed0/pretrain/checkpoints/last.ckpt"
+        extra.append(f"--model.init_args.backbone_ckpt={start}")
     if loss:
         extra += [
             "--model.init_args.loss=" + json.dumps(loss),
