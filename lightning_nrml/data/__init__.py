@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_nrml.data.array import ArrayDataModule
     from lightning_nrml.data.base import NRMLDataModule
+    from lightning_nrml.data.bigearthnet import BigEarthNetDataModule
     from lightning_nrml.data.cifar import CIFARDataModule, CIFARNDataModule
     from lightning_nrml.data.dataset import IndexedDataset
     from lightning_nrml.data.digits import DigitsDataModule
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArrayDataModule": "array",
+    "BigEarthNetDataModule": "bigearthnet",
     "CIFARDataModule": "cifar",
     "CIFARNDataModule": "cifar",
     "CUBDataModule": "dml_benchmarks",
@@ -57,6 +59,7 @@ _HOME = {
 
 __all__ = [
     "ArrayDataModule",
+    "BigEarthNetDataModule",
     "CIFARDataModule",
     "CIFARNDataModule",
     "CUBDataModule",
