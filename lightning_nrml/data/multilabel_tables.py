@@ -102,13 +102,16 @@ def _check_once(images: Sequence[str], path: Path) -> None:
         seen[image] = row
 
 
-def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], path: Path) -> np.ndarray:
+def _numbers(frame: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Columns as ``(N, len(names))`` float64, NaN where there is no number."""
     import pandas as pd
 
-    number = np.stack(
-        [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in names],
-        axis=1,
-    )
+    columns = [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in names]
+    return np.stack(columns, axis=1)
+
+
+def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], path: Path) -> np.ndarray:
+    number = _numbers(frame, names)
     bad = (number != 0) & (number != 1)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
@@ -117,6 +120,49 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
             f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
+
+
+def read_scores(path: Path, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Scores of images and labels, ``(len(images), len(names))`` float64.
+
+    Args:
+        path: ``.npy`` of that shape and order, or a table with a row per image, its name in the first column
+            and a column of numbers for every label; in any order, further rows and columns are not used.
+        images: names of the images.
+        names: names of the labels.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, has another shape, or lacks an image or a label.
+    """
+    if path.suffix.lower() == ".npy":
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path} of scores; check noise.scores")
+        try:
+            scores = np.load(path, allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as an array of scores: {error}") from error
+        if scores.shape != (len(images), len(names)):
+            raise ValueError(
+                f"{path} has shape {scores.shape}, but there are {len(images)} train images and {len(names)} "
+                "labels"
+            )
+        return np.asarray(scores, dtype=np.float64)
+    frame = _read(path)
+    frame.columns = [str(c) for c in frame.columns]  # type: ignore[assignment]
+    lost = [name for name in names if name not in frame.columns]
+    if lost:
+        raise ValueError(f"{path} has no column '{lost[0]}'; it needs one for each label")
+    there = [str(v) for v in frame.iloc[:, 0]]
+    _check_once(there, path)
+    position = {image: row for row, image in enumerate(there)}
+    absent = [image for image in images if image not in position]
+    if absent:
+        raise ValueError(
+            f"{path} has no row for {len(absent)} of {len(images)} train images, the first is '{absent[0]}'"
+        )
+    numbers = _numbers(frame, names)
+    return numbers[[position[image] for image in images]]
 
 
 def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict[str, np.ndarray]:

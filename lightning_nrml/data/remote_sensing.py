@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.multilabel_noise import apply_multilabel_noise
-from lightning_nrml.data.multilabel_tables import MultiLabelTable, read_multilabel_table
+from lightning_nrml.data.multilabel_tables import MultiLabelTable, read_multilabel_table, read_scores
 from lightning_nrml.data.noise_types import NoisyLabels
 from lightning_nrml.data.raster import cached_statistics
 from lightning_nrml.data.splits import Split
@@ -75,11 +75,15 @@ class MultiLabelRemoteSensing(RemoteSensing):
         return read_multilabel_table(path)
 
     def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
-        """Noisy train labels, from the generators or from ``noise.table``."""
-        if self.noise.table is None:
-            return apply_multilabel_noise(train.label, self.noise)
-        noisy = self.read_table(Path(self.noise.table).expanduser())
+        """Noisy train labels: from the generators, by ``noise.scores``, or from ``noise.table``."""
         assert train.paths is not None
+        if self.noise.table is None:
+            scores = None
+            if self.noise.scores is not None:
+                file = Path(self.noise.scores).expanduser()
+                scores = read_scores(file, train.paths, self._label_names)
+            return apply_multilabel_noise(train.label, self.noise, self._label_names, scores)
+        noisy = self.read_table(Path(self.noise.table).expanduser())
         names = self._label_order(noisy)
         position = {image: row for row, image in enumerate(noisy.images)}
         lost = [image for image in train.paths if image not in position]
