@@ -129,8 +129,8 @@ def multilabel_scores(
     """Labels that an image does not look like get lost, labels that it looks like are added.
 
     Two thresholds from the scores of all positives: those below their ``rate`` quantile are removed, and
-    negatives above their ``1 - additive_rate`` quantile are added. So the share of lost positives is ``rate``; how many
-    are added is up to the scores. Nothing is drawn.
+    negatives above their ``1 - additive_rate`` quantile are added. So the share of lost positives is
+    ``rate``; how many are added is up to the scores. Nothing is drawn.
 
     Args:
         target: ``(N, L)`` clean labels, 0 or 1.
