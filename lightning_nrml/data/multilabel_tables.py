@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.data.tables import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +121,34 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
             f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
+
+
+def write_multilabel_table(
+    path: Path, images: Sequence[str], label: np.ndarray, names: Sequence[str], image_column: str = "image"
+) -> None:
+    """Write what :func:`read_multilabel_table` reads, at once.
+
+    Args:
+        path: ``.csv`` or ``.parquet``; missing folders are made.
+        images: N names of images, each once.
+        label: ``(N, L)``, 0 or 1.
+        names: L names of labels, each once.
+        image_column: what to call the column of the images.
+
+    Raises:
+        ValueError: an image or a label twice, or a label with the name of the images' column; nothing is
+            written then.
+    """
+    import pandas as pd
+
+    _check_once(images, path)
+    columns = [image_column, *names]
+    twice = [name for name in names if columns.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} would have two columns '{twice[0]}'; rename the label")
+    frame = pd.DataFrame(label.astype(np.uint8), columns=list(names))
+    frame.insert(0, image_column, list(images))
+    write_frame(path, frame)
 
 
 def read_scores(path: Path, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
