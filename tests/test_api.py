@@ -97,6 +97,8 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
             "SOPDataModule",
             "MultiLabelRSDataModule",
             "BigEarthNetDataModule",
+            "DeepGlobeDataModule",
+            "EuroSATDataModule",
             "NoiseConfig",
         )
     },

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from lightning_nrml.data.bigearthnet import BigEarthNetDataModule
     from lightning_nrml.data.cifar import CIFARDataModule, CIFARNDataModule
     from lightning_nrml.data.dataset import IndexedDataset
+    from lightning_nrml.data.deepglobe import DeepGlobeDataModule
     from lightning_nrml.data.digits import DigitsDataModule
     from lightning_nrml.data.dml_benchmarks import CarsDataModule, CUBDataModule, SOPDataModule
+    from lightning_nrml.data.eurosat import EuroSATDataModule
     from lightning_nrml.data.folder import FolderDataModule
     from lightning_nrml.data.multilabel_rs import MultiLabelRSDataModule
     from lightning_nrml.data.noise import NoiseConfig, NoisyLabels
@@ -37,7 +39,9 @@ _HOME = {
     "CIFARNDataModule": "cifar",
     "CUBDataModule": "dml_benchmarks",
     "CarsDataModule": "dml_benchmarks",
+    "DeepGlobeDataModule": "deepglobe",
     "DigitsDataModule": "digits",
+    "EuroSATDataModule": "eurosat",
     "FolderDataModule": "folder",
     "IndexedDataset": "dataset",
     "MPerClassSampler": "samplers",
@@ -64,7 +68,9 @@ __all__ = [
     "CIFARNDataModule",
     "CUBDataModule",
     "CarsDataModule",
+    "DeepGlobeDataModule",
     "DigitsDataModule",
+    "EuroSATDataModule",
     "FolderDataModule",
     "IndexedDataset",
     "MPerClassSampler",

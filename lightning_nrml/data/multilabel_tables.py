@@ -123,6 +123,36 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
     return number.astype(np.int64)
 
 
+def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, int]) -> MultiLabelTable:
+    """Read a Parquet table whose first column names images and whose second holds lists of label names.
+
+    Args:
+        path: the file.
+        names: L names of labels.
+        spellings: label name in lower case -> its position in ``names``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, has other columns, an image twice, or a label that is not known.
+    """
+    frame = _read(path)
+    if frame.shape[1] < 2 or not len(frame):
+        raise ValueError(f"{path} needs rows, a column of image names and one with lists of label names")
+    images = [str(v) for v in frame.iloc[:, 0]]
+    _check_once(images, path)
+    label = np.zeros((len(images), len(names)), dtype=np.int64)
+    for row, given in enumerate(frame.iloc[:, 1]):
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            raise ValueError(f"{path}, row {row} ({images[row]}): {given!r} is no list of label names")
+        for name in given:
+            if str(name).lower() not in spellings:
+                raise ValueError(
+                    f"{path}, row {row} ({images[row]}): label '{name}' is not among {', '.join(names)}"
+                )
+            label[row, spellings[str(name).lower()]] = 1
+    return MultiLabelTable(str(path), images, label, list(names))
+
+
 def write_multilabel_table(
     path: Path, images: Sequence[str], label: np.ndarray, names: Sequence[str], image_column: str = "image"
 ) -> None:
