@@ -138,6 +138,8 @@ class NRMLCLI(LightningCLI):
         """Loggers without a folder of their own write to the run folder (evaluation: a sub-folder)."""
         logger = config.trainer.logger
         self.output_folder = self.run_folder if command == "fit" else self.run_folder / command
+        if command == "audit" and config.get("out"):
+            self.output_folder = Path(config.out)
         for entry in logger if isinstance(logger, list) else [logger]:
             if not isinstance(entry, Namespace) or "init_args" not in entry:
                 continue
@@ -166,7 +168,7 @@ class NRMLCLI(LightningCLI):
         built = self.config_init.get(self.subcommand or "", self.config_init)
         callbacks += [built[key] for key in keys]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        self.save_config_kwargs = {"folder": str(self.output_folder)}
+        self.save_config_kwargs = {"folder": str(self.output_folder), "verb": self.subcommand or "fit"}
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:

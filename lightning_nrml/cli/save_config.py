@@ -18,9 +18,10 @@ class RunConfig(SaveConfigCallback):
     The id of a W&B run is kept in the checkpoint: a resumed run continues the same curve.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, folder: str) -> None:
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: str, verb: str = "fit") -> None:
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
         self.folder = Path(folder)
+        self.verb = verb
         self.wandb_id: str | None = None
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -28,8 +29,7 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.config_filename
-        verb = getattr(stage, "value", stage)  # TrainerFn prints as 'TrainerFn.FITTING'
-        path.write_text(f"# written by 'nrml {verb}'; run again with --config {path}\n{text}")
+        path.write_text(f"# written by 'nrml {self.verb}'; run again with --config {path}\n{text}")
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere

@@ -145,6 +145,12 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert f"label table {table}, which leaves out {left_out} samples; realised" in card
     # the path, not the file's content
     assert yaml.safe_load(Path("runs/r/config.yaml").read_text())["data"]["init_args"]["noise"] == table
+    # elsewhere: all of it, and nothing in the run folder
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["audit", "--ckpt_path", "runs/q", "--out", "other", "--gallery=1"]) == 0
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert (tmp_path / "other" / "report.html").is_file()
+    assert (tmp_path / "other" / "config.yaml").read_text().startswith("# written by 'nrml audit';")
     # the ledger alone
     assert main(["audit", "--ledger", "runs/q", "--out", "led"]) == 0
     assert (tmp_path / "led" / "report.html").is_file()
