@@ -19,6 +19,7 @@ from lightning_nrml.types import FilterContext, Selection
 _CLIP = 3.0  # standardised opinions beyond this say nothing more
 _STATISTICS_DECAY = 0.95
 _MIN_ROWS = 8  # fewer opinions in a batch do not change the statistics
+_PATIENCE = 4  # warm-ups until all samples may be found clean: weak evidence has no two groups yet
 _NO_SKILL = 1e-3  # agreement below this is none at all
 
 
@@ -87,7 +88,7 @@ class Consensus(NoiseFilter):
     The evidence of all samples seen so far is split into two groups by a mixture of two normal
     distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
     kept if it is at least one half, and the share of the low group estimates the noise rate
-    (``stats["noise_rate"]``).
+    (``stats["noise_rate"]``). If no two groups are left after four warm-ups, all samples are kept.
 
     Rows without any opinion are kept and flagged in ``stats["unknown"]``. Non-finite rows are dropped,
     flagged in ``stats["nonfinite"]``, and neither judged nor remembered. During warm-up everything is kept
@@ -292,7 +293,8 @@ class Consensus(NoiseFilter):
         self.groups.replace(self.evidence[ctx.index], evidence, once)
         self.evidence.index_copy_(0, ctx.index, evidence)
         self.evidence_weight.index_copy_(0, ctx.index, weight)
-        self.groups.fit(restart=self.steps < self.warmup_steps)
+        insist = self.steps < _PATIENCE * self.warmup_steps
+        self.groups.fit(restart=self.steps < self.warmup_steps, insist=insist)
         rows, keep = judged["rows"], selection.keep.to(ctx.label.device) & judged["finite"]
         self.bank.remember(ctx.index, rows, ctx.label, keep)
         if ctx.logits is None:

@@ -55,9 +55,7 @@ def filter_steps(num_classes: int) -> dict[str, Callable[[], None]]:
     proxies = torch.randn(num_classes, DIM, generator=g)
     found: dict[str, NoiseFilter] = {
         "PRISM AvgSim": PRISM(num_classes, DIM, memory_size=SAMPLES),
-        "PRISM vMF-Sim": PRISM(
-            num_classes, DIM, memory_size=SAMPLES, similarity="vmf", shared_kappa=True
-        ),
+        "PRISM vMF-Sim": PRISM(num_classes, DIM, memory_size=SAMPLES, similarity="vmf", shared_kappa=True),
         "BARE": BARE(),
         "Consensus": Consensus(num_classes, DIM, SAMPLES, warmup_steps=0),
     }

@@ -337,13 +337,23 @@ def test_groups_follow_values_that_move():
     assert torch.equal(groups.counts, other.counts)
 
 
-def test_one_group_is_all_clean():
-    groups = TwoGroups()
-    x = torch.zeros(100)
-    groups.replace(torch.full_like(x, torch.nan), x, torch.ones(100, dtype=torch.bool))
-    for _ in range(50):
-        groups.fit(torch.tensor(False))
-    groups.mean.fill_(0.0)
+def test_one_group_is_all_clean_until_there_are_two():
+    groups, g = TwoGroups(), torch.Generator().manual_seed(0)
+    everyone, no = torch.ones(4000, dtype=torch.bool), torch.tensor(False)
+    one = 0.4 * torch.randn(4000, generator=g)
+    two = torch.where(torch.arange(4000) < 1000, one - 1, one + 0.5)
+    groups.replace(torch.full_like(one, torch.nan), one, everyone)
+    for _ in range(60):
+        groups.fit(no)
     assert float(groups.low_share()) == 0
-    assert (groups.log_odds(x) > 0).all()
+    odds = groups.log_odds(torch.linspace(-3, 3, 50))
+    assert (odds > 0).all()
+    assert (odds.diff() > 0).all()  # a ranking all the same
     assert groups.log_odds(torch.tensor([torch.nan])).isnan().all()
+    groups.fit(no, insist=torch.tensor(True))
+    assert float(groups.low_share()) > 0
+    assert float(groups.log_odds(torch.tensor(-3.0))) < 0
+    groups.replace(one, two, everyone)
+    for _ in range(60):
+        groups.fit(no)
+    assert float(groups.low_share()) == pytest.approx(0.25, abs=0.02)
