@@ -1,4 +1,4 @@
-"""Remake the multi-label table of docs/benchmarks.md: every method, kind of noise, rate and seed; and its plot.
+"""Remake the multi-label table and plot of docs/benchmarks.md: every method, kind of noise, rate and seed.
 
     python recipes/benchmarks/ucmerced_table.py --data DATA --jobs 2
 
@@ -37,7 +37,8 @@ METHODS = {
 KINDS = {"mixed": "extra and missing labels", "subtractive": "missing labels", "additive": "extra labels"}
 #: the central ones first
 SETTINGS = (
-    ("mixed", 40), ("mixed", 20), ("subtractive", 40), ("additive", 40), ("subtractive", 20), ("additive", 20),
+    ("mixed", 40), ("mixed", 20), ("subtractive", 40),
+    ("additive", 40), ("subtractive", 20), ("additive", 20),
 )  # fmt: skip
 COLUMNS = {
     "val/map_macro": "mAP macro",
