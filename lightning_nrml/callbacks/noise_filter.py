@@ -196,7 +196,7 @@ class NoiseFilterCallback(Callback):
 
     def _check_schedule(self, part: NoiseFilter) -> None:
         if self.ramp_epochs:
-            if not hasattr(part, "noise_rate"):
+            if getattr(part, "noise_rate", None) is None:
                 raise ValueError(
                     f"ramp_epochs needs a filter with a noise_rate, which {type(part).__name__} has not: "
                     "leave it at 0."
@@ -355,7 +355,7 @@ class NoiseFilterCallback(Callback):
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
     ) -> None:
-        keep = selection.keep
+        keep = selection.weight >= 0.5  # of soft weights, too
         kept, count = self._kept
         self._kept = (kept + keep.sum(), count + keep.numel())
         pl_module.log("train/keep_rate", keep.float().mean(), prog_bar=True, batch_size=len(index))
@@ -372,7 +372,7 @@ class NoiseFilterCallback(Callback):
         sizes = distributed.gather_sizes(len(clean), clean.device)
         own = selection.rows(distributed.own_rows(sizes))
         given = batch["label"] if self._quality.num_labels else None
-        self._quality.update(own.keep, clean != batch["label"], own.score, given)
+        self._quality.update(own.weight >= 0.5, clean != batch["label"], own.score, given)
 
 
 @torch.no_grad()

@@ -161,7 +161,9 @@ def _combine(first: Selection, second: Selection, name: str) -> Selection:
 
     What a filter says of a sample ``(B,)`` holds for each of its labels if the batch has ``(B, L)``.
     """
-    weight, other = (x if x.ndim == first.weight.ndim else x.unsqueeze(1) for x in (second.weight, second.score))
+    weight, other = (
+        x if x.ndim == first.weight.ndim else x.unsqueeze(1) for x in (second.weight, second.score)
+    )
     score = torch.where(first.score.isnan(), other, first.score + torch.nan_to_num(other, nan=0.0))
     pair = second.pair_weight
     if first.pair_weight is not None:

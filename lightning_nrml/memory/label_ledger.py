@@ -15,7 +15,7 @@ class LabelLedger(SampleLedger):
     """A :class:`SampleLedger` that also keeps a record of every label of multi-label data.
 
     The record of the sample is made from those of its labels: it counts as dropped when all of its labels
-    were, and its score is their mean. That a label was seen needs no buffer, as all labels of a sample are
+    were, and its score is their mean. A weight below one half counts as dropped. That a label was seen needs no buffer, as all labels of a sample are
     seen together. 10 bytes for each label: 114 MB for 600,000 samples of 19 labels, and 25 MB for the
     samples. Labels may be visited 32,767 times.
 
@@ -24,7 +24,7 @@ class LabelLedger(SampleLedger):
         num_labels: labels ``L``, at least 1.
 
     Attributes:
-        label_dropped: ``(N, L)`` int16, how often the label's weight was 0.
+        label_dropped: ``(N, L)`` int16, how often the label's weight was below one half.
         label_last_score: ``(N, L)`` float16, its newest score, NaN = never scored.
         label_score_sum: ``(N, L)`` float32, sum of all its scores.
         label_score_count: ``(N, L)`` int16, number of its scores.
@@ -54,7 +54,7 @@ class LabelLedger(SampleLedger):
 
         Args:
             index: ``(B,)`` dataset positions.
-            weight: ``(B, L)`` weights; 0 and NaN = dropped.
+            weight: ``(B, L)`` weights; below one half or NaN = dropped.
             score: ``(B, L)``; NaN = no opinion, leaves the score as it is.
             suggested: not used: the only other value of a label is ``1 - label``.
 
@@ -68,10 +68,10 @@ class LabelLedger(SampleLedger):
                 raise ValueError(
                     f"LabelLedger.record: '{name}' must have shape {shape}, got {tuple(x.shape)}."
                 )
-        weight = weight.nan_to_num(0.0)
-        super().record(index, weight, score)
+        trusted = weight >= 0.5
+        super().record(index, trusted.float(), score)
         index = index.to(self.seen.device)
-        dropped = (weight <= 0).to(self.label_dropped)
+        dropped = (~trusted).to(self.label_dropped)
         score = score.to(self.label_score_sum)
         scored = ~score.isnan()
         self.label_dropped.index_add_(0, index, dropped)

@@ -31,7 +31,8 @@ METHODS = {
     "sat": "SAT",
     "jocor": "JoCoR",
     "rcml": "RCML",
-    "prism": "BCE + MultiLabelPRISM (not told the rate)",
+    "prism": "BCE + MultiLabelPRISM, classifier (not told the rate)",
+    "prism_both": "BCE + MultiLabelPRISM, classifier and memory (not told the rate)",
     "clean": "BCE on clean labels (upper bound)",
 }
 KINDS = {"mixed": "extra and missing labels", "subtractive": "missing labels", "additive": "extra labels"}
@@ -63,11 +64,14 @@ SHARED = (
     "--trainer.accelerator=cpu",
     "--trainer.enable_checkpointing=false",
 )
+CALLBACKS = [{"class_path": "MultiLabelEvaluator"}, {"class_path": "MultiLabelPRISM", "init_args": {}}]
+#: what else tells a method from its recipe
+OWN = {"prism_both": ("--trainer.callbacks=null", "--trainer.callbacks=" + json.dumps(CALLBACKS))}
 
 
 def command(kind: str, rate: int, method: str, seed: int, data: Path, folder: Path) -> list[str]:
     """Arguments of ``nrml`` for one run; ``kind`` ``none`` is the clean bound."""
-    recipe = "bce" if method == "clean" else method
+    recipe = {"clean": "bce", "prism_both": "prism"}.get(method, method)
     splits = {"train": "split_train.txt", "val": "split_test.txt"}
     return [
         "fit",
@@ -80,6 +84,7 @@ def command(kind: str, rate: int, method: str, seed: int, data: Path, folder: Pa
         f"--data.init_args.noise.rate={rate / 100:g}",
         f"--data.init_args.noise.seed={seed}",
         *SHARED,
+        *OWN.get(method, ()),
         f"--trainer.default_root_dir={folder}",
     ]
 

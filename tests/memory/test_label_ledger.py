@@ -16,7 +16,7 @@ def batches(num=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     for _ in range(num):
         index = torch.randint(0, N - 1, (9,), generator=g)  # repeats; the last sample is never drawn
-        weight = torch.randint(0, 3, (9, L), generator=g) / 2
+        weight = torch.randint(0, 4, (9, L), generator=g) / 4  # of which a half is trusted
         weight[torch.rand(9, L, generator=g) < 0.1] = math.nan
         score = -torch.rand(9, L, generator=g)
         score[torch.rand(9, L, generator=g) < 0.4] = math.nan
@@ -33,7 +33,7 @@ def test_equals_a_loop_over_samples_and_labels():
             seen[i] += 1
             for c in range(L):
                 w, s = float(weight[row, c]), float(score[row, c])
-                dropped[i][c] += not w > 0
+                dropped[i][c] += not w >= 0.5
                 if not math.isnan(s):
                     scores[i][c].append(s)
     assert ledger.seen.tolist() == seen
@@ -53,7 +53,7 @@ def test_the_record_of_a_sample_is_that_of_the_sample_ledger():
     one, two = LabelLedger(N, L), SampleLedger(N)
     for index, weight, score in batches(seed=1):
         one.record(index, weight, score)
-        two.record(index, weight.nan_to_num(0.0), score)
+        two.record(index, (weight >= 0.5).float(), score)
     for name, value in two.state_dict().items():
         assert torch.equal(value.nan_to_num(9), one.state_dict()[name].nan_to_num(9)), name
 
