@@ -15,9 +15,9 @@ class LabelLedger(SampleLedger):
     """A :class:`SampleLedger` that also keeps a record of every label of multi-label data.
 
     The record of the sample is made from those of its labels: it counts as dropped when all of its labels
-    were, and its score is their mean. A weight below one half counts as dropped. That a label was seen needs no buffer, as all labels of a sample are
-    seen together. 10 bytes for each label: 114 MB for 600,000 samples of 19 labels, and 25 MB for the
-    samples. Labels may be visited 32,767 times.
+    were, and its score is their mean. A weight below one half counts as dropped. That a label was seen needs
+    no buffer, as all labels of a sample are seen together. 10 bytes for each label: 114 MB for 600,000
+    samples of 19 labels, and 25 MB for the samples. Labels may be visited 32,767 times.
 
     Args:
         num_samples: size of the training set ``N``, at least 1.

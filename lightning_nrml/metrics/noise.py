@@ -188,7 +188,7 @@ class FilterQuality(Metric):
         return found
 
     def per_label(self) -> dict[str, Tensor]:
-        """``extra_precision``, ``extra_recall``, ``missing_precision``, ``missing_recall``: ``(L,)`` float64."""
+        """``extra_precision``, ``extra_recall`` and the same for ``missing``: ``(L,)`` float64."""
         return {
             f"{name}_{key}": value
             for given, name in enumerate(KINDS)

@@ -109,8 +109,10 @@ def test_evidence_and_score_equal_a_slow_loop():
                 kinds = []
                 for value in (1, 0):
                     others = [
-                        float(z @ ctx.embedding[row]) for j, (z, y, t) in memory.items() if j != i and t[c] and y[c] == value
-                    ]  # fmt: skip
+                        float(z @ ctx.embedding[row])
+                        for j, (z, y, t) in memory.items()
+                        if j != i and t[c] and y[c] == value
+                    ]
                     kinds.append(sum(others) / len(others) if others else math.nan)
                 told[0, row, c] = kinds[0] - kinds[1]
                 told[1, row, c] = ctx.logits[row, c]
@@ -308,7 +310,9 @@ def test_a_label_that_nobody_has_and_dropped_labels_do_no_harm():
         part.update(ctx, replace(selection, weight=torch.zeros_like(selection.weight)))  # all dropped
     assert selection.weight[:, 1].min() > 0.9
     assert int(part.bank.count.sum()) == 0
-    assert all(v.isfinite().all() or n == "evidence" for n, v in part.named_buffers())
+    assert part.opinion_mean[0].isnan().all()  # the memory stays empty and says nothing
+    empty = ("evidence", "opinion_mean", "opinion_var")
+    assert all(v.isfinite().all() or n in empty for n, v in part.named_buffers())
     assert whole(scene, part).isfinite().any()
 
 
