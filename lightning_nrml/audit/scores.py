@@ -114,8 +114,9 @@ def audit_label_scores(
 ) -> AuditScores:
     """Judge every label of multi-label samples, given or not, by the other samples.
 
-    Each label is a question of two classes, without and with it; the noise model is fitted to each label by
-    itself, and the search for neighbours is done once.
+    Each label is a question of two classes, without and with it. The noise model is fitted to each label, but
+    how sharply centres and neighbours vote is the median over the labels; the search for neighbours is done
+    once.
 
     Args:
         embedding: ``(N, D)`` frozen features, N >= 5.
@@ -135,14 +136,17 @@ def audit_label_scores(
     if label.ndim != 2 or len(label) != len(row) or bool(((label != 0) & (label != 1)).any()):
         raise ValueError(f"label must be ({len(row)}, L) of 0 and 1, got shape {tuple(label.shape)}.")
     first = _problem(row, label[:, 0], 2, evidence, k, 0.1, 5, seed, "torch")
+    asked = [c for c in range(label.shape[1]) if 0 < int(label[:, c].sum()) < len(row)]
+    problems = [replace(first, label=label[:, c]) for c in asked]
+    fitted = [_fit(problem) for problem in problems]
     log_clean, suggested = torch.zeros(label.shape, device=row.device), label.clone()
     confidence, found = torch.ones_like(log_clean), []
-    for c in range(label.shape[1]):
-        if 0 < int(label[:, c].sum()) < len(row):
-            problem = replace(first, label=label[:, c])
-            found.append(_judge(problem, _fit(problem)))
-            log_clean[:, c], suggested[:, c] = found[-1].log_p_clean, found[-1].suggested
-            confidence[:, c] = found[-1].confidence
+    for c, problem, theta in zip(asked, problems, fitted, strict=True):
+        # few samples have a rare label: alone they would make its votes far too sharp
+        common = torch.stack(fitted)[:, :2].median(dim=0).values
+        found.append(_judge(problem, torch.cat([common, theta[2:]])))
+        log_clean[:, c], suggested[:, c] = found[-1].log_p_clean, found[-1].suggested
+        confidence[:, c] = found[-1].confidence
     names = found[0].parameters if found else {}
     parameters = {n: sum(s.parameters[n] for s in found) / len(found) for n in names}
     rate = float(1 - log_clean.exp().double().mean())

@@ -63,13 +63,20 @@ def found(scene, tmp_path_factory):
     return audit(z, described, folder, options), described
 
 
-def test_scores_are_those_of_each_label_by_itself(scene):
+def test_scores_of_one_label_are_those_of_two_classes(scene):
     z, given, clean = scene
     whole = audit_label_scores(z, given)
+    sharpness = []
     for c in range(L):
-        alone = audit_scores(z, given[:, c], 2)
-        torch.testing.assert_close(whole.log_p_clean.view(N, L)[:, c], alone.log_p_clean)
-        assert torch.equal(whole.suggested.view(N, L)[:, c], alone.suggested)
+        alone, one = audit_scores(z, given[:, c], 2), audit_label_scores(z, given[:, c : c + 1])
+        torch.testing.assert_close(one.log_p_clean, alone.log_p_clean)
+        assert torch.equal(one.suggested, alone.suggested)
+        sharpness.append(alone.parameters)
+    for name in ("centres", "neighbours"):  # of all labels together: the (lower) median
+        wanted = sorted(s[name] for s in sharpness)[(L - 1) // 2]
+        assert whole.parameters[name] == pytest.approx(wanted, rel=1e-4)
+    wanted = sum(s["rate"] for s in sharpness) / L
+    assert whole.parameters["rate"] == pytest.approx(wanted, rel=1e-4)
     wrong = given != clean
     for value in (0, 1):
         own = given == value
