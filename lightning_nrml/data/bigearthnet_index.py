@@ -41,6 +41,7 @@ class PatchTable:
         s2: ``(N,)`` bytes, names of the Sentinel-2 patches, each once.
         label: ``(N, L)`` uint8, 0 or 1.
         keep: ``(N,)`` bool, False = a known patch that is not wanted.
+        order: ``(N,)`` int64 that sorts ``s2``: half a million names are sorted once only.
         s1: ``(N,)`` bytes, names of the Sentinel-1 partners, if they are known.
         split: ``(N,)`` train, val or test, if the table tells.
     """
@@ -49,6 +50,7 @@ class PatchTable:
     s2: np.ndarray
     label: np.ndarray
     keep: np.ndarray
+    order: np.ndarray
     s1: np.ndarray | None = None
     split: np.ndarray | None = None
 
@@ -62,7 +64,8 @@ class PatchTable:
             ValueError: a patch is in both.
         """
         s2 = np.concatenate([self.s2, other.s2])
-        twice = first_duplicate(s2)
+        order = np.argsort(s2, kind="stable")
+        twice = first_duplicate(s2, order)
         if twice is not None:
             raise ValueError(
                 f"patch '{s2[twice[0]].decode()}' is both in {self.source} and in {other.source}"
@@ -72,7 +75,7 @@ class PatchTable:
             for name in ("label", "keep", "s1", "split")
             if getattr(self, name) is not None and getattr(other, name) is not None
         }
-        return PatchTable(f"{self.source} and {other.source}", s2, **both)
+        return PatchTable(f"{self.source} and {other.source}", s2, order=order, **both)
 
 
 def read_patch_table(
@@ -99,7 +102,8 @@ def read_patch_table(
     """
     columns = _read_columns(path)
     s2 = _names(columns["patch_id"], path, "patch_id")
-    twice = first_duplicate(s2)
+    order = np.argsort(s2, kind="stable")
+    twice = first_duplicate(s2, order)
     if twice is not None:
         raise ValueError(
             f"{path}: patch '{s2[twice[0]].decode()}' stands in rows {twice[0]} and {twice[1]}; keep one row "
@@ -114,7 +118,7 @@ def read_patch_table(
             keep &= ~columns[name].to_numpy(zero_copy_only=False).astype(bool)
     if countries is not None:
         keep &= _in_countries(columns, path, countries)
-    return PatchTable(str(path), s2, label, keep, s1, split)
+    return PatchTable(str(path), s2, label, keep, order, s1, split)
 
 
 def _read_columns(path: Path) -> dict[str, Any]:
@@ -208,9 +212,14 @@ def _in_countries(columns: Mapping[str, Any], path: Path, countries: Sequence[st
     return np.isin(np.asarray(columns["country"].to_pylist(), dtype=np.str_), list(countries))
 
 
-def first_duplicate(names: np.ndarray) -> tuple[int, int] | None:
-    """Positions of the first name that occurs again, and of where it does; ``None`` if all differ."""
-    order = np.argsort(names, kind="stable")
+def first_duplicate(names: np.ndarray, order: np.ndarray | None = None) -> tuple[int, int] | None:
+    """Positions of the first name that occurs again, and of where it does; ``None`` if all differ.
+
+    Args:
+        names: ``(n,)`` bytes.
+        order: what sorts them, if it is known.
+    """
+    order = np.argsort(names, kind="stable") if order is None else order
     same = np.flatnonzero(names[order[1:]] == names[order[:-1]])
     if not len(same):
         return None
@@ -220,9 +229,8 @@ def first_duplicate(names: np.ndarray) -> tuple[int, int] | None:
 
 def find_rows(table: PatchTable, names: np.ndarray) -> np.ndarray:
     """Row of every Sentinel-2 name in the table, ``(len(names),)`` int64; -1 = it has none."""
-    order = np.argsort(table.s2, kind="stable")
-    place = np.minimum(np.searchsorted(table.s2, names, sorter=order), len(order) - 1)
-    row = order[place]
+    place = np.minimum(np.searchsorted(table.s2, names, sorter=table.order), len(table) - 1)
+    row = table.order[place]
     return np.where(table.s2[row] == names, row, -1)
 
 

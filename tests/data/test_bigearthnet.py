@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bigearthnet_layout import (
     write_tif,
 )
 
-from lightning_nrml.data import BigEarthNetDataModule, NoiseConfig
+from lightning_nrml.data import BigEarthNetDataModule, NoiseConfig, bigearthnet_source
 from lightning_nrml.data.bigearthnet_classes import (
     BAND_SETS,
     CLASSES_19,
@@ -225,6 +226,14 @@ def test_lmdb_equals_folders_also_in_workers_and_twice_in_a_process(archive) -> 
     assert torch.equal(data.splits.train.images.get(range(3)), want)
     got = {int(i): x for b in data.embed_dataloader() for i, x in zip(b["index"], b["image"], strict=True)}
     assert torch.equal(torch.stack([got[i] for i in range(3)]), want)
+    # a child must not go on with what its parent opened
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(list(bigearthnet_source._OPEN)))
+    child.start()
+    assert queue.get() == []
+    child.join()
+    assert list(bigearthnet_source._OPEN) == [str((root / "ben.lmdb").resolve())]
     del values[s1[1]]
     write_lmdb(
         root / "less.lmdb",

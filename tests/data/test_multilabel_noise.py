@@ -193,6 +193,9 @@ def test_scores_look_alike_images_get_the_label():
     scores = np.array([[9.0, 0.0], [1.0, 0.0], [8.0, 5.0], [0.0, 6.0], [0.0, 7.0]])
     got = noise.multilabel_scores(target, scores, 0.3)  # thresholds 5.2 and 6.8 over 9 1 5 6 7
     assert got.label.tolist() == [[1, 0], [0, 0], [1, 0], [0, 1], [0, 1]]
+    scores[4, 0] = 99.0  # above all positives
+    assert not noise.multilabel_scores(target, scores, 0.0).is_noise.any()
+    scores[4, 0] = 0.0
     only = noise.multilabel_scores(target, scores, 0.3, additive_rate=0.0)
     assert only.label.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
     config = NoiseConfig("scores", 0.0, additive_rate=0.3, scores="x.npy")
