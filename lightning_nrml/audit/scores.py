@@ -1,15 +1,16 @@
 """How probable each given label is, from frozen embeddings, without a sample's vote for itself.
 
-Two kinds of evidence for "sample i shows class c", both blind to the label of sample i:
+Evidence for "sample i shows class c", all of it blind to the label of sample i:
 
 * centres: cosine to the mean of class c over the *other folds*, with the grand mean taken out (label
   noise pulls every class mean towards the grand mean; the direction that is left is the class's);
+* linear: the linear discriminant of the same folds (Fisher 1936), with the total covariance, a tenth of
+  its mean variance added: it also knows which directions all classes share. Part of "centres";
 * neighbours: share of class c among the nearest samples, itself left out.
 
-A model of the
-noise with three numbers (a, b, r) is fitted to the given labels by maximum likelihood:
+A model of the noise with four numbers (a, b, d, r) is fitted to the given labels by maximum likelihood:
 
-    p(c | x)     = softmax_c( a * centre_c + b * log vote_c )
+    p(c | x)     = softmax_c( a * centre_c + b * log vote_c + d * linear_c )
     P(given | x) = (1 - r) p(given | x) + r (1 - p(given | x)) / (C - 1)
     P_clean      = (1 - r) p(given | x) / P(given | x)
 
@@ -37,9 +38,12 @@ Evidence = Literal["auto", "both", "centres", "knn"]
 KNN_LIMIT = 200_000
 _FIT_ROWS = 20_000
 _CHUNK_NUMBERS = 1 << 22
-#: (log a, log b, logit r) of sharp votes and some noise, and how much each counts against the mean likelihood
-_PRIOR = torch.tensor([3.0, 1.0, -1.0])
-_PRIOR_WEIGHT = torch.tensor([7e-3, 7e-3, 1e-4])
+#: numbers of the table that the model is fitted to
+_FIT_NUMBERS = 100_000_000
+#: (log a, log b, log d, logit r) of sharp votes and some noise, and how much they count
+_PRIOR = torch.tensor([3.0, 1.0, 0.0, -1.0])
+_PRIOR_WEIGHT = torch.tensor([7e-3, 7e-3, 7e-3, 1e-4])
+_SHRINKAGE = 0.1  # of the covariance, in units of its mean variance
 _FLOOR = 1e-3  # vote for every class, so that none is impossible
 
 
@@ -52,7 +56,7 @@ class AuditScores:
         suggested: ``(N,)`` int64, the most probable class.
         confidence: ``(N,)`` float32 in (0, 1], its probability.
         noise_rate: estimated share of wrong labels, in [0, 1].
-        parameters: the fitted noise model: ``centres`` (a), ``neighbours`` (b), ``rate`` (r).
+        parameters: the fitted noise model: ``centres`` (a), ``neighbours`` (b), ``linear`` (d), ``rate`` (r).
     """
 
     log_p_clean: Tensor
@@ -76,6 +80,16 @@ class _Problem:
     centred: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """Unit directions ``(C, D)`` of the classes, the grand mean ``(D,)``, and the linear discriminant."""
+
+    direction: Tensor
+    grand: Tensor
+    weight: Tensor
+    offset: Tensor
+
+
 def audit_scores(
     embedding: Tensor,
     label: Tensor,
@@ -93,8 +107,8 @@ def audit_scores(
         embedding: ``(N, D)`` frozen features of any length, N >= 2.
         label: ``(N,)`` int64 given labels in ``[0, num_classes)``.
         num_classes: C, at least 2; ``None`` = largest label + 1.
-        evidence: ``both`` fuses centres and neighbours; ``auto`` is ``both``, but ``centres`` beyond
-            200,000 samples on a CPU, where the search for neighbours would take hours.
+        evidence: ``both`` fuses centres (with the discriminant) and neighbours; ``auto`` is ``both``, but
+            ``centres`` beyond 200,000 samples on a CPU, where the search for neighbours would take hours.
         k: neighbours that vote, at least 1.
         temperature: a neighbour at cosine s votes with weight ``exp(s / temperature)``.
         folds: parts for the out-of-sample centres, 2 to N.
@@ -200,34 +214,41 @@ def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int
 # ---- evidence --------------------------------------------------------------------------------------
 
 
-def _centres(problem: _Problem, use: Tensor) -> tuple[Tensor, Tensor]:
-    """``(C, D)`` unit directions of the classes and the ``(D,)`` grand mean, over the samples ``use``."""
+def _means(problem: _Problem, use: Tensor) -> _Means:
+    """What the samples ``use`` tell about the classes."""
     size = (problem.num_classes, problem.row.shape[1])
     row, label = problem.row[use], problem.label[use]
     total = row.new_zeros(size).index_add_(0, label, row)
     mass = row.new_zeros(size[0]).index_add_(0, label, torch.ones_like(row[:, 0]))
     grand = row.mean(0)
-    return F.normalize(total - mass[:, None] * grand, dim=1), grand
+    apart = total - mass[:, None] * grand
+    spread = (row.T @ row).double() / len(row) - torch.outer(grand, grand).double()
+    spread.diagonal().add_(_SHRINKAGE * spread.trace() / size[1] + 1e-12)
+    mean = (apart / mass.clamp_min(1)[:, None]).double()
+    weight = torch.linalg.solve(spread, mean.T).T
+    return _Means(F.normalize(apart, dim=1), grand, weight.float(), ((mean * weight).sum(1) / 2).float())
 
 
-def _evidence(problem: _Problem, rows: Tensor, centres: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines to the centres and log votes of ``rows``, both ``(n, C)``; 0 where a kind is not wanted."""
-    near = tally = problem.row.new_zeros(len(rows), problem.num_classes)
+def _evidence(problem: _Problem, rows: Tensor, means: _Means) -> Tensor:
+    """``(3, n, C)``: cosines to the centres, log votes and discriminants; 0 where a kind is not wanted."""
+    out = problem.row.new_zeros(3, len(rows), problem.num_classes)
     if problem.centred:
-        near = F.normalize(problem.row[rows] - centres[1], dim=1) @ centres[0].T
+        apart = problem.row[rows] - means.grand
+        out[0] = F.normalize(apart, dim=1) @ means.direction.T
+        out[2] = apart @ means.weight.T - means.offset
     if problem.neighbour is not None and problem.affinity is not None:
         found = problem.neighbour[rows]
-        tally = tally.scatter_add(1, problem.label[found], problem.affinity[rows])
-        tally = (tally / tally.sum(1, keepdim=True).clamp_min(1e-12) + _FLOOR).log()
-    return near, tally
+        tally = out[1].scatter_add(1, problem.label[found], problem.affinity[rows])
+        out[1] = (tally / tally.sum(1, keepdim=True).clamp_min(1e-12) + _FLOOR).log()
+    return out
 
 
 def _blocks(problem: _Problem, rows: Tensor) -> Iterator[Tensor]:
     yield from rows.split(max(64, _CHUNK_NUMBERS // problem.num_classes))
 
 
-def _logits(near: Tensor, tally: Tensor, theta: Tensor) -> Tensor:
-    return theta[0].exp() * near + theta[1].exp() * tally
+def _logits(evidence: Tensor, theta: Tensor) -> Tensor:
+    return torch.einsum("k,knc->nc", theta[:3].exp(), evidence)
 
 
 def _log_clean(log_p: Tensor, log_odds: Tensor, num_classes: int) -> Tensor:
@@ -239,26 +260,26 @@ def _log_clean(log_p: Tensor, log_odds: Tensor, num_classes: int) -> Tensor:
 
 
 def _fit(problem: _Problem) -> Tensor:
-    """Maximum-likelihood ``(log a, log b, logit r)`` on at most 20,000 rows."""
+    """Maximum-likelihood ``(log a, log b, log d, logit r)`` on at most 20,000 rows."""
     order = torch.randperm(len(problem.row), generator=torch.Generator().manual_seed(0))
-    rows = order[:_FIT_ROWS].to(problem.row.device)
-    parts = []
+    rows = order[: min(_FIT_ROWS, _FIT_NUMBERS // problem.num_classes)].to(problem.row.device)
+    parts, labels = [], []
     for fold in range(problem.num_folds):
         chosen = rows[problem.fold[rows] == fold]
-        centres = _centres(problem, problem.fold != fold)
+        means = _means(problem, problem.fold != fold)
         for block in _blocks(problem, chosen):
-            near, tally = _evidence(problem, block, centres)
-            parts.append((near.cpu(), tally.cpu(), problem.label[block].cpu()))
-    near, tally, label = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts.append(_evidence(problem, block, means).cpu())
+            labels.append(problem.label[block].cpu())
+    evidence, label = torch.cat(parts, dim=1), torch.cat(labels)
     theta = _PRIOR.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([theta], max_iter=25, line_search_fn="strong_wolfe")
     spread = torch.log(torch.tensor(problem.num_classes - 1.0))
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        log_p = _logits(near, tally, theta).log_softmax(1).gather(1, label[:, None])[:, 0].clamp(max=-1e-7)
-        right = F.logsigmoid(-theta[2]) + log_p
-        wrong = F.logsigmoid(theta[2]) - spread + torch.log(-torch.expm1(log_p))
+        log_p = _logits(evidence, theta).log_softmax(1).gather(1, label[:, None])[:, 0].clamp(max=-1e-7)
+        right = F.logsigmoid(-theta[-1]) + log_p
+        wrong = F.logsigmoid(theta[-1]) - spread + torch.log(-torch.expm1(log_p))
         # the prior also keeps the numbers finite where the data do not say anything about them
         loss = -torch.logaddexp(right, wrong).mean() + (_PRIOR_WEIGHT * (theta - _PRIOR).square()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -274,21 +295,20 @@ def _judge(problem: _Problem, theta: Tensor) -> AuditScores:
     log_clean = torch.empty_like(problem.row[:, 0])
     suggested, confidence = torch.empty_like(problem.label), torch.empty_like(log_clean)
     for fold in range(problem.num_folds):
-        centres = _centres(problem, problem.fold != fold)
+        means = _means(problem, problem.fold != fold)
         for rows in _blocks(problem, (problem.fold == fold).nonzero()[:, 0]):
-            near, tally = _evidence(problem, rows, centres)
-            log_p = _logits(near, tally, theta).log_softmax(1)
+            log_p = _logits(_evidence(problem, rows, means), theta).log_softmax(1)
             best = log_p.max(1)
             suggested[rows], confidence[rows] = best.indices, best.values.exp()
             given = log_p.gather(1, problem.label[rows, None])[:, 0]
-            log_clean[rows] = _log_clean(given, theta[2], problem.num_classes)
-    a, b, r = theta[0].exp(), theta[1].exp(), theta[2].sigmoid()
+            log_clean[rows] = _log_clean(given, theta[-1], problem.num_classes)
+    a, b, d = theta[:3].exp().tolist()
     return AuditScores(
         log_clean,
         suggested,
         confidence,
         float(1 - log_clean.exp().double().mean()),
-        {"centres": float(a), "neighbours": float(b), "rate": float(r)},
+        {"centres": a, "neighbours": b, "linear": d, "rate": float(theta[-1].sigmoid())},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_nrml.audit import audit_scores, mixture_rate
-from lightning_nrml.audit.scores import _centres, _evidence, _log_clean, _Problem
+from lightning_nrml.audit.scores import _evidence, _log_clean, _means, _Problem
 
 
 def blobs(rate: float, classes: int = 6, each: int = 60, spread: float = 0.5, seed: int = 0):
@@ -66,16 +66,20 @@ def test_evidence_equals_a_slow_loop():
     near, neighbour = similarity.topk(4)
     problem = _Problem(row, label, fold, 3, 3, neighbour, ((near - near[:, :1]) / 0.1).exp(), True)
     for i in range(n):
-        centres = _centres(problem, fold != fold[i])
-        cosine, tally = _evidence(problem, torch.tensor([i]), centres)
+        cosine, tally, linear = _evidence(problem, torch.tensor([i]), _means(problem, fold != fold[i]))
         voters = [j for j in range(n) if fold[j] != fold[i]]
         grand = row[voters].mean(0)
+        spread = sum(torch.outer(row[j] - grand, row[j] - grand) for j in voters).double() / len(voters)
+        inverse = torch.linalg.inv(spread + 0.1 * spread.trace() / 16 * torch.eye(16))
         for c in range(3):
             mine = [j for j in voters if label[j] == c]
             direction = F.normalize((row[mine] - grand).sum(0), dim=0)
             assert float(cosine[0, c]) == pytest.approx(
                 float(F.normalize(row[i] - grand, dim=0) @ direction), abs=1e-5
             )
+            mean = (row[mine].mean(0) - grand).double()
+            score = (row[i] - grand).double() @ inverse @ mean - mean @ inverse @ mean / 2
+            assert float(linear[0, c]) == pytest.approx(float(score), abs=1e-4)
             votes = [math.exp(float(row[i] @ row[j] - near[i, 0]) / 0.1) for j in neighbour[i].tolist()]
             share = sum(v for v, j in zip(votes, neighbour[i].tolist(), strict=True) if label[j] == c)
             assert float(tally[0, c]) == pytest.approx(math.log(share / sum(votes) + 1e-3), abs=1e-4)
@@ -85,10 +89,12 @@ def test_evidence_equals_a_slow_loop():
 def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     """Whatever the label of one sample, what is suggested for it is the same.
 
-    The three numbers of the noise model, which all labels share, are held fixed. Equal calls
+    The four numbers of the noise model, which all labels share, are held fixed. Equal calls
     may differ in the last bit; its own vote would change the confidence by a tenth.
     """
-    monkeypatch.setattr("lightning_nrml.audit.scores._fit", lambda problem: torch.tensor([1.5, 0.5, -1.0]))
+    monkeypatch.setattr(
+        "lightning_nrml.audit.scores._fit", lambda problem: torch.tensor([1.5, 0.5, 0.0, -1.0])
+    )
     row, label, clean = blobs(0.3, each=20)
     one, two = label.clone(), label.clone()
     one[7], two[7] = clean[7], (clean[7] + 2) % 6
