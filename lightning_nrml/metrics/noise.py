@@ -132,10 +132,10 @@ def mid_rank(x: Tensor) -> Tensor:
 class FilterQuality(Metric):
     """:func:`filter_quality` accumulated over batches and ranks.
 
-    Keeps four counts, and 5 bytes per scored sample (or label) for the exact AUROC and average
-    precision. With ``num_labels`` it also tells of ``(B, L)`` labels how the two kinds of errors are found, labels that are given but wrong
-    (``extra``) and labels that lack (``missing``): ``extra_precision`` = P(wrong | given, dropped),
-    ``extra_recall`` = P(dropped | given, wrong), ``extra_auroc``, and the same for ``missing``;
+    Keeps four counts, and 5 bytes per scored sample (or label) for the exact AUROC and average precision.
+    With ``num_labels`` it also tells of ``(B, L)`` labels how the two kinds of errors are found, labels that
+    are given but wrong (``extra``) and labels that lack (``missing``): ``extra_precision`` = P(wrong | given,
+    dropped), ``extra_recall`` = P(dropped | given, wrong), ``extra_auroc``, and the same for ``missing``;
     :meth:`per_label` has them for each label.
 
     Args:
