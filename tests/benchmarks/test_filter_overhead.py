@@ -55,9 +55,7 @@ def filter_steps(num_classes: int) -> dict[str, Callable[[], None]]:
     proxies = torch.randn(num_classes, DIM, generator=g)
     found: dict[str, NoiseFilter] = {
         "PRISM AvgSim": PRISM(num_classes, DIM, memory_size=SAMPLES),
-        "PRISM vMF-Sim": PRISM(
-            num_classes, DIM, memory_size=SAMPLES, similarity="vmf", shared_kappa=True
-        ),
+        "PRISM vMF-Sim": PRISM(num_classes, DIM, memory_size=SAMPLES, similarity="vmf", shared_kappa=True),
         "BARE": BARE(),
         "Consensus": Consensus(num_classes, DIM, SAMPLES, warmup_steps=0),
     }
@@ -90,7 +88,7 @@ def test_share_of_the_step(num_classes):
     try:
         steps = {"net": net_step(num_classes), **filter_steps(num_classes)}
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for name, step in steps.items():
+        for step in steps.values():
             step()
         for _ in range(ROUNDS):
             for name, step in steps.items():
