@@ -17,6 +17,7 @@ nrml: noise-robust metric learning
   nrml predict  --config NAME|FILE --ckpt_path best|last|PATH  compute embeddings
   nrml audit    --ckpt_path RUN|FILE                           rank wrong labels, write a report
   nrml audit    --ledger RUN|FILE                              the same from a run's ledger alone
+  nrml inject   --config NAME|FILE --out FILE                  write noisy train labels as a table
   nrml recipes  ls | show NAME | cp NAME FILE | validate NAME|FILE
 
   nrml fit --help                      all options
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_nrml.cli.recipes import main as recipes_main
 
         return recipes_main(args[1:])
+    if args[0] == "inject":
+        from lightning_nrml.cli.inject import main as inject_main
+
+        return inject_main(args[1:])
     if args[0] == "audit" and any(arg.partition("=")[0] == "--ledger" for arg in args):
         from lightning_nrml.cli.audit_ledger import main as ledger_main
 

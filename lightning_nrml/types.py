@@ -65,8 +65,9 @@ class Selection:
     """A filter's decision on a batch.
 
     Args:
-        weight: ``(B,)`` in [0, 1] (or ``(B, L)``), 0 = dropped from every loss and memory.
-        score: ``(B,)`` log-probability that the given label is right; NaN = no opinion.
+        weight: ``(B,)`` in [0, 1] (or ``(B, L)``, one for each label), 0 or NaN = dropped from every loss and
+            memory.
+        score: of the same shape, log-probability that the given label is right; NaN = no opinion.
         threshold: 0-d tensor, the score that had to be passed (NaN if none applied).
         stats: further scalars or per-class/per-sample tensors, for logs and audits.
         pair_weight: optional ``(B, B)`` weights in [0, 1] of the pairs of the (gathered) batch, for pairwise
@@ -81,7 +82,7 @@ class Selection:
 
     @property
     def keep(self) -> Tensor:
-        """``(B,)`` bool, True where the sample takes part at all."""
+        """``(B,)`` (or ``(B, L)``) bool, True where the sample (or the label) takes part at all."""
         return self.weight > 0
 
     def rows(self, rows: slice) -> Selection:

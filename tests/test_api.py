@@ -79,6 +79,7 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "multilabel": {"target": REQUIRED, "subtractive": 0.0, "additive": 0.0, "seed": 0, "cap": 0.95},
         "multilabel_uniform": {"target": REQUIRED, "rate": REQUIRED, "seed": ...},
         "multilabel_images": {"target": REQUIRED, "rate": REQUIRED, "seed": ...},
+        "multilabel_scores": {"target": REQUIRED, "scores": REQUIRED, "rate": REQUIRED},
         "NoisyLabels": {"label": REQUIRED, "clean_label": REQUIRED, "is_noise": REQUIRED},
     },
     "data": {
@@ -95,6 +96,9 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
             "CarsDataModule",
             "SOPDataModule",
             "MultiLabelRSDataModule",
+            "BigEarthNetDataModule",
+            "DeepGlobeDataModule",
+            "EuroSATDataModule",
             "NoiseConfig",
         )
     },

@@ -129,7 +129,7 @@ def test_commands_name_real_recipes_and_keys(page: str, args: list[str]) -> None
         assert args[1] in ("ls", "show", "cp", "validate")
         assert not args[2:] or find_config(args[2]).is_file()
         return
-    assert args[0] in ("fit", "validate", "test", "predict", "audit")
+    assert args[0] in ("fit", "validate", "test", "predict", "audit", "inject")
     if "--ledger" in args:
         return
     tree = load_yaml(REPO / "recipes" / "quickstart.yaml")
@@ -142,7 +142,9 @@ def test_commands_name_real_recipes_and_keys(page: str, args: list[str]) -> None
         key, glued, value = word[2:].partition("=")
         if not glued and key != "print_config":
             value = next(rest)
-        assert key in ("config", "ckpt_path", "print_config") or check_override(key, value, tree) is None
+        assert (
+            key in ("config", "ckpt_path", "print_config", "out") or check_override(key, value, tree) is None
+        )
 
 
 def test_readme_has_the_two_commands() -> None:

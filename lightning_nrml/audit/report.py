@@ -42,6 +42,7 @@ class ReportFacts:
         noise_rate: estimated share of wrong labels; NaN = none.
         calibrated: ``log_p_clean`` holds real probabilities (not a filter's relative scores).
         neighbours: index -> its nearest trusted samples as ``(index, cosine)``.
+        counted: the first tiles, what there is how many of; default samples and classes.
     """
 
     title: str = "Label audit"
@@ -49,6 +50,7 @@ class ReportFacts:
     noise_rate: float = float("nan")
     calibrated: bool = True
     neighbours: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    counted: dict[str, int] | None = None
 
 
 def write_report(
@@ -193,7 +195,8 @@ def thumbnail(pixels: np.ndarray, side: int = _SIDE) -> str:
 
 
 def _tiles(frame: pd.DataFrame, facts: ReportFacts, curve: dict[str, Any] | None) -> list[list[str]]:
-    tiles = [["samples", f"{len(frame):,}"], ["classes", f"{frame['label'].nunique():,}"]]
+    counted = facts.counted or {"samples": len(frame), "classes": frame["label"].nunique()}
+    tiles = [[name, f"{count:,}"] for name, count in counted.items()]
     if np.isfinite(facts.noise_rate):
         tiles.append(["estimated wrong labels", f"{facts.noise_rate:.1%}"])
     differ = (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])

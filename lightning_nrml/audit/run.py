@@ -12,8 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_nrml.audit.labels import (
+    corrected_samples,
+    entries_of,
+    entry_columns,
+    entry_scores,
+    label_entries,
+)
 from lightning_nrml.audit.report import Images, ReportFacts, write_report
-from lightning_nrml.audit.scores import AuditScores, Evidence, audit_scores, mixture_rate
+from lightning_nrml.audit.scores import (
+    AuditScores,
+    Evidence,
+    audit_label_scores,
+    audit_scores,
+    mixture_rate,
+)
 from lightning_nrml.audit.table import (
     CORRECTED,
     TABLE,
@@ -72,11 +85,11 @@ class AuditData:
     """The training set as the audit sees it.
 
     Args:
-        label: ``(N,)`` int64 given labels.
-        num_classes: C.
+        label: ``(N,)`` int64 given labels; or ``(N, L)`` of 0 and 1, see :mod:`lightning_nrml.audit.labels`.
+        num_classes: C (L for multi-label data).
         class_names: names by class id.
         paths: N names of images.
-        clean_label: ``(N,)`` true labels, -1 = none of the classes; used for measuring only.
+        clean_label: true labels of the same shape, -1 = none of the classes; used for measuring only.
         images: pixels by index, for thumbnails.
     """
 
@@ -129,13 +142,18 @@ def audit(
             The others are not judged: ``log_p_clean`` NaN, kept, last in the table.
 
     Raises:
-        ValueError: multi-label data, shapes that do not fit, or NaN in the embedding.
+        ValueError: shapes that do not fit, or NaN in the embedding.
     """
     options = options or AuditOptions()
-    if data.label.ndim != 1:
-        raise ValueError("the audit judges one label per sample; multi-label data are not supported.")
     at = torch.arange(len(data.label)) if index is None else index.cpu()
-    judged = audit_scores(embedding, data.label[at], data.num_classes, options.evidence, options.k)
+    samples = data if data.label.ndim == 2 else None
+    if samples is not None:
+        rows, labels = data.label.shape
+        judged = audit_label_scores(embedding, data.label[at], options.evidence, options.k)
+        judged, at, data = entry_scores(judged, labels), entries_of(at, labels), label_entries(data)
+        extra = entry_columns(rows, labels) | (extra or {})
+    else:
+        judged = audit_scores(embedding, data.label[at], data.num_classes, options.evidence, options.k)
     scores = _spread(judged, at, len(data.label))
     frame = audit_table(
         data.label.numpy(),
@@ -147,10 +165,11 @@ def audit(
         clean_label=None if data.clean_label is None else data.clean_label.numpy(),
         extra=extra,
     )
-    near = _trusted_neighbours(embedding, at, data.label, scores, frame, options)
+    near = {} if samples else _trusted_neighbours(embedding, at, data.label, scores, frame, options)
     shown = {**(facts or {}), "embedding": f"{embedding.shape[1]} numbers", **_method(scores, options)}
-    report = ReportFacts("Label audit", shown, scores.noise_rate, True, near)
-    return _write(folder, frame, data, options, report)
+    counted = dict(zip(("samples", "labels of each"), samples.label.shape, strict=True)) if samples else None
+    report = ReportFacts("Label audit", shown, scores.noise_rate, True, near, counted)
+    return _write(folder, frame, data, options, report, samples)
 
 
 def audit_ledger(
@@ -234,14 +253,21 @@ def _trusted_neighbours(
 
 
 def _write(
-    folder: Path, frame: pd.DataFrame, data: AuditData, options: AuditOptions, report: ReportFacts
+    folder: Path,
+    frame: pd.DataFrame,
+    data: AuditData,
+    options: AuditOptions,
+    report: ReportFacts,
+    samples: AuditData | None = None,
 ) -> AuditResult:
+    """Table, corrected labels, report and summary; ``samples`` are multi-label ones behind the entries."""
     corrected = corrected_labels(frame, options.rule, options.below, options.confident)
     if options.review is not None:
         corrected = apply_review(corrected, options.review)
+    made = write_both(folder, CORRECTED, corrected) if samples is None else _wide(folder, corrected, samples)
     files = {
         "table": write_both(folder, TABLE, frame),
-        "corrected": write_both(folder, CORRECTED, corrected),
+        "corrected": made,
         "report": write_report(
             folder / "report.html", frame, report, data.images, data.class_names, options.gallery
         ),
@@ -257,3 +283,9 @@ def _write(
     part.write_text(json.dumps(summary, indent=2), encoding="utf-8")
     os.replace(part, files["summary"])
     return AuditResult(frame, corrected, report.noise_rate, files, report.neighbours)
+
+
+def _wide(folder: Path, corrected: pd.DataFrame, samples: AuditData) -> Path:
+    """The corrected labels of multi-label data, a column for each."""
+    table = corrected_samples(corrected, samples)
+    return write_both(folder, CORRECTED, table, column=str(table.columns[1]))

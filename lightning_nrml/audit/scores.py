@@ -24,7 +24,7 @@ P_clean (AUROC -.01 on caltech's pixels, +.001 on Omniglot).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -121,6 +121,66 @@ def audit_scores(
     row = prepare_rows(embedding, "cosine", "embedding").float()
     label = label.to(row.device, torch.int64)
     count = _checked_classes(row, label, num_classes)
+    problem = _problem(row, label, count, evidence, k, temperature, folds, seed, backend)
+    return _judge(problem, _fit(problem))
+
+
+def audit_label_scores(
+    embedding: Tensor, label: Tensor, evidence: Evidence = "auto", k: int = 20, seed: int = 0
+) -> AuditScores:
+    """Judge every label of multi-label samples, given or not, by the other samples.
+
+    Each label is a question of two classes, without and with it. The noise model is fitted to each label, but
+    how sharply centres and neighbours vote is the median over the labels; the search for neighbours is done
+    once.
+
+    Args:
+        embedding: ``(N, D)`` frozen features, N >= 5.
+        label: ``(N, L)`` given labels, 0 or 1.
+        evidence, k, seed: see :func:`audit_scores`.
+
+    Returns:
+        Scores of ``N * L`` entries, label by label within each sample: entry ``i * L + c``. ``suggested`` is
+        0 or 1; ``parameters`` are means over the labels. A label that all samples or none have is taken for
+        right: score 0.
+
+    Raises:
+        ValueError: wrong shapes or values, NaN in the embedding (naming rows).
+    """
+    row = prepare_rows(embedding, "cosine", "embedding").float()
+    label = label.to(row.device, torch.int64)
+    if label.ndim != 2 or len(label) != len(row) or bool(((label != 0) & (label != 1)).any()):
+        raise ValueError(f"label must be ({len(row)}, L) of 0 and 1, got shape {tuple(label.shape)}.")
+    first = _problem(row, label[:, 0], 2, evidence, k, 0.1, 5, seed, "torch")
+    asked = [c for c in range(label.shape[1]) if 0 < int(label[:, c].sum()) < len(row)]
+    problems = [replace(first, label=label[:, c]) for c in asked]
+    fitted = [_fit(problem) for problem in problems]
+    log_clean, suggested = torch.zeros(label.shape, device=row.device), label.clone()
+    confidence, found = torch.ones_like(log_clean), []
+    for c, problem, theta in zip(asked, problems, fitted, strict=True):
+        # few samples have a rare label: alone they would make its votes far too sharp
+        common = torch.stack(fitted)[:, :2].median(dim=0).values
+        found.append(_judge(problem, torch.cat([common, theta[2:]])))
+        log_clean[:, c], suggested[:, c] = found[-1].log_p_clean, found[-1].suggested
+        confidence[:, c] = found[-1].confidence
+    names = found[0].parameters if found else {}
+    parameters = {n: sum(s.parameters[n] for s in found) / len(found) for n in names}
+    rate = float(1 - log_clean.exp().double().mean())
+    return AuditScores(log_clean.flatten(), suggested.flatten(), confidence.flatten(), rate, parameters)
+
+
+def _problem(
+    row: Tensor,
+    label: Tensor,
+    count: int,
+    evidence: Evidence,
+    k: int,
+    temperature: float,
+    folds: int,
+    seed: int,
+    backend: Backend,
+) -> _Problem:
+    """Folds and neighbours of unit rows ``(N, D)``."""
     if evidence not in get_args(Evidence):
         raise ValueError(f"evidence is {evidence!r}: choose one of {', '.join(get_args(Evidence))}.")
     if not 2 <= folds <= len(row):
@@ -134,8 +194,7 @@ def audit_scores(
         affinity = ((near - near[:, :1]) / temperature).exp()
     order = torch.randperm(len(row), generator=torch.Generator().manual_seed(seed))
     fold = (order % folds).to(row.device)
-    problem = _Problem(row, label, fold, folds, count, neighbour, affinity, evidence != "knn")
-    return _judge(problem, _fit(problem))
+    return _Problem(row, label, fold, folds, count, neighbour, affinity, evidence != "knn")
 
 
 def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int:

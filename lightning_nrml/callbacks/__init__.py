@@ -7,6 +7,7 @@ from lightning_nrml.callbacks.filters import (
     KNNVote,
     KnownClean,
     LossQuantile,
+    MultiLabelPRISM,
     SmallLoss,
 )
 from lightning_nrml.callbacks.health import RepresentationHealth
@@ -26,6 +27,7 @@ __all__ = [
     "KnownClean",
     "LossQuantile",
     "MultiLabelEvaluator",
+    "MultiLabelPRISM",
     "NoiseFilterCallback",
     "NoiseReport",
     "OnlineKNN",

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrml import distributed
+from lightning_nrml.modules.full_pass import evaluating
 
 LabelName = Literal["given", "clean"]
 LABEL_KEY: dict[LabelName, str] = {"given": "label", "clean": "clean_label"}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every part in eval mode without gradients; afterwards each part is in the mode it had.
-
-    ``module.train()`` would not do: it wakes batch norms that were frozen on purpose. Torch's global
-    generator is put back too, since starting a loader draws from it.
-    """
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def embed(trainer: Trainer, pl_module: LightningModule, image: Tensor) -> Tensor:

@@ -9,7 +9,75 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 
-class SplitEvaluator(Callback):
+class SplitCallback(Callback):
+    """Follows every run over the validation and the test split; subclasses say what to do there.
+
+    Args:
+        every_n_epochs: validation epochs between two evaluations; the last epoch always counts.
+
+    Raises:
+        ValueError: ``every_n_epochs`` below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
+        self.every_n_epochs = every_n_epochs
+
+    @abstractmethod
+    def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Before the first batch of a run over a split, ``"val"`` or ``"test"``."""
+
+    @abstractmethod
+    def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Take in one batch and what the module's step returned for it."""
+
+    @abstractmethod
+    def finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """After the last batch: log."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self.begin(trainer, pl_module, "val")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch."""
+        self.update(trainer, pl_module, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``val/*``."""
+        self.finish(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self.begin(trainer, pl_module, "test")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one batch."""
+        self.update(trainer, pl_module, outputs, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``test/*``."""
+        self.finish(trainer, pl_module, "test")
+
+
+class SplitEvaluator(SplitCallback):
     """Feeds a metric with the outputs of every validation and test run, and logs the result.
 
     Both the last epoch and the best one (by ``monitor``) are kept in ``summary``, since picking the best on
@@ -21,9 +89,8 @@ class SplitEvaluator(Callback):
     """
 
     def __init__(self, monitor: str, every_n_epochs: int = 1) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
-        self.monitor, self.every_n_epochs = monitor, every_n_epochs
+        super().__init__(every_n_epochs)
+        self.monitor = monitor
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self._metric: Any = None
@@ -33,7 +100,7 @@ class SplitEvaluator(Callback):
         """An empty metric for one run over a split, ``"val"`` or ``"test"``."""
 
     @abstractmethod
-    def collect(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         """Give one batch to ``self._metric``."""
 
     def results(self, values: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -48,17 +115,20 @@ class SplitEvaluator(Callback):
         """Restore last and best values."""
         self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Start collecting, if this epoch counts."""
         epoch = trainer.current_epoch + 1
         final = trainer.max_epochs is not None and epoch == trainer.max_epochs
         skip = trainer.state.fn == "fit" and epoch % self.every_n_epochs and not final
         self._metric = None if skip else self.make_metric(trainer, pl_module, prefix).to(pl_module.device)
 
-    def _update(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Collect one batch."""
         if self._metric is not None:
-            self.collect(pl_module, outputs, batch)
+            self.collect(trainer, pl_module, outputs, batch)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Compute and log."""
         if self._metric is None:
             return
         values = self.results(self._metric.compute(), prefix)
@@ -73,43 +143,3 @@ class SplitEvaluator(Callback):
             self.last = {"epoch": float(trainer.current_epoch), **values}
             if not self.best or values[self.monitor] > self.best[self.monitor]:
                 self.best = dict(self.last)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start collecting."""
-        self._begin(trainer, pl_module, "val")
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect one batch."""
-        self._update(pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log ``val/*``."""
-        self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start collecting."""
-        self._begin(trainer, pl_module, "test")
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect one batch."""
-        self._update(pl_module, outputs, batch)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log ``test/*``."""
-        self._finish(trainer, pl_module, "test")

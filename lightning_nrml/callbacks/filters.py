@@ -193,6 +193,49 @@ class Consensus(NoiseFilterCallback):
         return filters.Consensus(sizes.num_classes, sizes.embedding_dim, sizes.num_samples, **self.options)
 
 
+class MultiLabelPRISM(NoiseFilterCallback):
+    """Weighs every label of multi-label samples by how probably it is right; our own method.
+
+    Finds extra and missing labels, needs no noise rate and estimates those of each label. See
+    :class:`lightning_nrml.filters.MultiLabelPRISM`.
+
+    Args:
+        judges: ``both``, ``classifier`` (the module's logits) or ``memory`` (of embeddings).
+        memory_size: slots of the memory; 0 = as many as training samples.
+        warmup_steps: steps in which everything is kept while evidence gathers.
+        smoothing: weight in [0, 1) of earlier opinions on a label.
+        weighting: ``soft`` (the probability that the label is right) or ``hard`` (0 or 1).
+        noise_rate: assumed share of extra labels among the given ones of each label, and as many missing
+            ones; ``null`` = estimated.
+        kwargs: schedule, see :class:`NoiseFilterCallback`; ``granularity`` must be ``batch``.
+    """
+
+    def __init__(
+        self,
+        judges: Literal["both", "classifier", "memory"] = "both",
+        memory_size: int = 0,
+        warmup_steps: int = 240,
+        smoothing: float = 0.7,
+        weighting: Literal["soft", "hard"] = "soft",
+        noise_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(filter=None, **kwargs)
+        self.options: dict[str, Any] = {
+            "judges": judges,
+            "memory_size": memory_size,
+            "warmup_steps": warmup_steps,
+            "smoothing": smoothing,
+            "weighting": weighting,
+            "noise_rate": noise_rate,
+        }
+
+    def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
+        """Size the filter for this run."""
+        labels = sizes.num_labels or sizes.num_classes
+        return filters.MultiLabelPRISM(labels, sizes.embedding_dim, sizes.num_samples, **self.options)
+
+
 class KnownClean(NoiseFilterCallback):
     """Upper bound of every filter: drops exactly the samples whose given label is known to be wrong.
 

@@ -6,20 +6,22 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_nrml import distributed
-from lightning_nrml.callbacks.embedding import embed, embedding_of, evaluating, is_due
+from lightning_nrml.callbacks.embedding import embed, embedding_of, is_due
+from lightning_nrml.callbacks.evaluator import SplitCallback
 from lightning_nrml.metrics import alignment, embedding_std, rankme, uniformity
+from lightning_nrml.modules.full_pass import evaluating
 
 
-class RepresentationHealth(Callback):
-    """Logs label-free health of the embeddings at every validation, and warns once of a collapse.
+class RepresentationHealth(SplitCallback):
+    """Logs label-free health of the embeddings at every validation and test, and warns once of a collapse.
 
     ``health/std`` in [0, 1/sqrt(D)], ``health/rankme`` in [1, D] and ``health/uniformity`` in [-8, 0] are
-    those of the first ``max_samples`` images of the validation split; ``health/alignment`` in [0, 4] that
+    those of the first ``max_samples`` images of the split; ``health/alignment`` in [0, 4] that
     of the first two views of the last training batch, embedded in eval mode (only where batches have
     ``views``). See :mod:`lightning_nrml.metrics.health` for the formulas and their sources.
 
@@ -39,13 +41,12 @@ class RepresentationHealth(Callback):
         min_spread: float = 0.1,
         min_rankme: float = 2.0,
     ) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
         if max_samples < 2:
             raise ValueError(f"max_samples is {max_samples}: it must be 2 or more.")
         if not 0 <= min_spread <= 1:
             raise ValueError(f"min_spread is {min_spread}: it must be in [0, 1].")
-        self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
+        super().__init__(every_n_epochs)
+        self.max_samples = max_samples
         self.min_spread, self.min_rankme = min_spread, min_rankme
         self.warned = False
         self._rows: list[Tensor] = []
@@ -59,27 +60,19 @@ class RepresentationHealth(Callback):
         views = batch.get("views") if isinstance(batch, dict) else None
         self._views = (views[0], views[1]) if views is not None and len(views) > 1 else None
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         """Start collecting."""
         self._active = is_due(trainer, self.every_n_epochs)
         self._rows = []
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         """Collect one batch while there is room."""
         share = -(-self.max_samples // distributed.world_size())
         room = share - sum(map(len, self._rows))
         if self._active and room > 0:
             self._rows.append(embedding_of(trainer, pl_module, outputs, batch)[:room])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         """Compute and log ``health/*``; warn once if the embeddings have collapsed."""
         if not self._active:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_nrml import distributed
@@ -19,6 +19,7 @@ from lightning_nrml.callbacks.embedding import (
     labels_of,
     size_of,
 )
+from lightning_nrml.callbacks.evaluator import SplitCallback
 from lightning_nrml.filters.chain import gathered_context, tolerate_absent_filters
 from lightning_nrml.memory import FeatureBank
 from lightning_nrml.metrics import KNNClassifier, TopKAccuracy
@@ -26,7 +27,7 @@ from lightning_nrml.metrics import KNNClassifier, TopKAccuracy
 Mode = Literal["exact", "running"]
 
 
-class OnlineKNN(Callback):
+class OnlineKNN(SplitCallback):
     """Logs ``val/knn_top1`` (and ``val/knn_top5`` above five classes) of the weighted kNN classifier.
 
     The bank is the train split, the queries are the images of the validation (or test) split. Needs no
@@ -63,9 +64,8 @@ class OnlineKNN(Callback):
             raise ValueError(f"mode is '{mode}': choose 'exact' or 'running'.")
         if label not in LABEL_KEY:
             raise ValueError(f"label is '{label}': choose 'given' or 'clean'.")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
-        self.k, self.temperature, self.every_n_epochs = k, temperature, every_n_epochs
+        super().__init__(every_n_epochs)
+        self.k, self.temperature = k, temperature
         self.mode: Mode = mode
         self.label: LabelName = label
         self._knn: KNNClassifier | None = None
@@ -131,11 +131,13 @@ class OnlineKNN(Callback):
 
     # ---- evaluation -------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Make the bank, if this epoch counts."""
         self._knn = self._fit_bank(trainer, pl_module) if is_due(trainer, self.every_n_epochs) else None
         self._accuracy.to(pl_module.device).reset()
 
-    def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Classify one batch."""
         if self._knn is None:
             return
         label = labels_of(batch, "given", "OnlineKNN")
@@ -146,49 +148,10 @@ class OnlineKNN(Callback):
         score[:, self._knn.classes] = shares.masked_fill(shares == 0, -torch.inf)
         self._accuracy.update(score, label)
 
-    def _finish(self, pl_module: LightningModule, prefix: str) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Log ``val/knn_*`` or ``test/knn_*``."""
         if self._knn is None:
             return
         self._knn = None
         for key, value in self._accuracy.compute().items():
             pl_module.log(f"{prefix}/knn_{key}", value, prog_bar=key == "top1", rank_zero_only=False)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the bank."""
-        self._begin(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Classify one batch."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``val/knn_*``."""
-        self._finish(pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the bank."""
-        self._begin(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Classify one batch."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``test/knn_*``."""
-        self._finish(pl_module, "test")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_nrml.memory import SampleLedger
+from lightning_nrml.callbacks.label_ledger_file import in_words, label_frame, label_names
+from lightning_nrml.memory import LabelLedger, SampleLedger
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
     """Table with one row per training sample, most suspicious first.
+
+    Of multi-label data ``label``, ``suggested_label`` and ``clean_label`` are the names of the labels, joined
+    by ``;``, and the scores are means over the labels.
 
     Columns: ``index``, ``path`` and ``label`` (if the datamodule knows them), ``suggested_label``,
     ``log_p_clean`` (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep`` (False
@@ -32,9 +36,9 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
     ):
         value = getattr(datamodule, attribute, None)
         if value is not None:
-            columns[name] = value.tolist() if isinstance(value, torch.Tensor) else list(value)
+            columns[name] = _column(value, datamodule)
     columns |= {
-        "suggested_label": ledger.suggested.tolist(),
+        "suggested_label": _suggested(ledger, datamodule),
         "log_p_clean": ledger.last_score.tolist(),
         "mean_log_p_clean": ledger.mean_score().tolist(),
         "times_seen": ledger.seen.tolist(),
@@ -53,15 +57,36 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
     return frame
 
 
+def _column(value: Any, datamodule: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor) and value.ndim == 2:
+        return in_words(value, label_names(datamodule, value.shape[1]))
+    return value.tolist() if isinstance(value, torch.Tensor) else list(value)
+
+
+def _suggested(ledger: SampleLedger, datamodule: Any) -> list[Any]:
+    """Labels that the filter thinks right: of multi-label data the given ones, the doubted ones turned."""
+    given = getattr(datamodule, "train_label", None)
+    if not isinstance(ledger, LabelLedger) or given is None:
+        return ledger.suggested.tolist()
+    turned = (given > 0) ^ ledger.doubted().cpu()
+    return in_words(turned, label_names(datamodule, ledger.num_labels))
+
+
 def write_ledger(ledger: SampleLedger, datamodule: Any, folder: Path) -> Path:
-    """Write ``noise_ledger.parquet`` and ``noise_ledger.csv``, each atomically; returns the CSV's path."""
-    frame = ledger_frame(ledger, datamodule)
+    """Write ``noise_ledger.parquet`` and ``noise_ledger.csv``, each atomically; returns the CSV's path.
+
+    Of multi-label data there is also ``noise_ledger_labels``, see :func:`label_frame`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("parquet", "csv"):
-        target, part = folder / f"noise_ledger.{suffix}", folder / f".noise_ledger.{suffix}.part"
-        if suffix == "parquet":
-            frame.to_parquet(part, index=False)
-        else:
-            frame.to_csv(part, index=False)
-        os.replace(part, target)
+    frames = {"noise_ledger": ledger_frame(ledger, datamodule)}
+    if isinstance(ledger, LabelLedger) and getattr(datamodule, "train_label", None) is not None:
+        frames["noise_ledger_labels"] = label_frame(ledger, datamodule)
+    for stem, frame in frames.items():
+        for suffix in ("parquet", "csv"):
+            target, part = folder / f"{stem}.{suffix}", folder / f".{stem}.{suffix}.part"
+            if suffix == "parquet":
+                frame.to_parquet(part, index=False)
+            else:
+                frame.to_csv(part, index=False)
+            os.replace(part, target)
     return folder / "noise_ledger.csv"

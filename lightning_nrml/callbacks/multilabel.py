@@ -74,7 +74,7 @@ class MultiLabelEvaluator(SplitEvaluator):
         self._single = {name: MultiLabelMetrics(labels).to(pl_module.device) for name in networks}
         return MultiLabelMetrics(labels, self.threshold, tuned)
 
-    def collect(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         """Probabilities of one batch."""
         if not isinstance(outputs, dict) or "probability" not in outputs:
             raise TypeError(

@@ -15,12 +15,20 @@ from lightning_nrml import distributed
 from lightning_nrml.callbacks.ledger_file import write_ledger
 from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.filters.chain import FilterChain, Mode, tolerate_absent_filters
-from lightning_nrml.memory import FeatureBank, SampleLedger
+from lightning_nrml.memory import FeatureBank, LabelLedger, SampleLedger
 from lightning_nrml.metrics import FilterQuality
 from lightning_nrml.types import FilterContext, Selection
 
 Granularity = Literal["batch", "epoch"]
 _CHUNK = 8192
+#: what is logged of a filter's quality as ``noise/<key>``; the last ones for multi-label data only
+_QUALITY = ("precision", "recall", "auroc", "average_precision", "f1")
+_RATES = {
+    "noise_rate": "noise/estimated_rate",
+    "extra_rate": "noise/estimated_extra",
+    "missing_rate": "noise/estimated_missing",
+}
+_LABEL_QUALITY = tuple(f"{k}_{v}" for k in ("extra", "missing") for v in ("precision", "recall", "auroc"))
 
 
 class RunSizes:
@@ -54,6 +62,17 @@ class RunSizes:
     def num_samples(self) -> int:
         """Size of the training set."""
         return self._find("num_train_samples", self.data, self.module)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of a sample of multi-label data; 0 for data of one class per sample."""
+        label = getattr(self.data, "train_label", None)
+        return label.shape[1] if isinstance(label, Tensor) and label.ndim == 2 else 0
+
+    def ledger(self) -> SampleLedger:
+        """An empty ledger; of every label if the data are multi-label."""
+        labels = self.num_labels
+        return LabelLedger(self.num_samples, labels) if labels else SampleLedger(self.num_samples)
 
 
 class NoiseFilterCallback(Callback):
@@ -155,9 +174,11 @@ class NoiseFilterCallback(Callback):
         chain[self.name] = part
         chain.mode[self.name] = "off"
         if getattr(pl_module, "noise_ledger", None) is None:
-            pl_module.noise_ledger = SampleLedger(sizes.num_samples)
+            pl_module.noise_ledger = sizes.ledger()
         ledger = cast(SampleLedger, pl_module.noise_ledger)
         if self.correct_labels:
+            if isinstance(ledger, LabelLedger):
+                raise ValueError("correct_labels works with one class per sample, not with multi-label data.")
             ledger.allow_corrections()
         if self.granularity == "epoch":
             if getattr(pl_module, "feature_bank", None) is not None and chain.epoch_keep.keys() - {self.name}:
@@ -171,11 +192,11 @@ class NoiseFilterCallback(Callback):
             # the loader must be rebuilt so that Lightning knows the shorter epoch (validation, progress)
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         distributed.exempt_from_ddp_sync(pl_module)
-        self._quality = FilterQuality()
+        self._quality = FilterQuality(sizes.num_labels)
 
     def _check_schedule(self, part: NoiseFilter) -> None:
         if self.ramp_epochs:
-            if not hasattr(part, "noise_rate"):
+            if getattr(part, "noise_rate", None) is None:
                 raise ValueError(
                     f"ramp_epochs needs a filter with a noise_rate, which {type(part).__name__} has not: "
                     "leave it at 0."
@@ -290,7 +311,7 @@ class NoiseFilterCallback(Callback):
             pl_module.log("train/keep_rate", kept / count, prog_bar=True, logger=False, sync_dist=True)
         if self._quality.update_called:
             values = self._quality.compute()
-            for key in ("precision", "recall", "auroc", "average_precision", "f1"):
+            for key in (*_QUALITY, *(_LABEL_QUALITY if self._quality.num_labels else ())):
                 value = torch.as_tensor(values[key], dtype=torch.float32)
                 pl_module.log(f"noise/{key}", value, sync_dist=True)  # equal on all ranks already
             self._quality.reset()
@@ -334,7 +355,7 @@ class NoiseFilterCallback(Callback):
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
     ) -> None:
-        keep = selection.keep
+        keep = selection.weight >= 0.5  # of soft weights, too
         kept, count = self._kept
         self._kept = (kept + keep.sum(), count + keep.numel())
         pl_module.log("train/keep_rate", keep.float().mean(), prog_bar=True, batch_size=len(index))
@@ -342,15 +363,16 @@ class NoiseFilterCallback(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (trainer.global_step + 1) % every == 0 and not bool(selection.threshold.isnan()):
             pl_module.log(f"{self.name}/threshold", selection.threshold, batch_size=len(index))
-            rate = selection.stats.get(f"{self.name}/noise_rate")
-            if rate is not None:  # made without the truth
-                pl_module.log("noise/estimated_rate", rate, batch_size=len(index))
+            for key, said in _RATES.items():  # made without the truth
+                if f"{self.name}/{key}" in selection.stats:
+                    pl_module.log(said, selection.stats[f"{self.name}/{key}"], batch_size=len(index))
         clean = batch.get("clean_label") if isinstance(batch, dict) else None
         if clean is None or self._quality is None:
             return
         sizes = distributed.gather_sizes(len(clean), clean.device)
         own = selection.rows(distributed.own_rows(sizes))
-        self._quality.update(own.keep, clean != batch["label"], own.score)
+        given = batch["label"] if self._quality.num_labels else None
+        self._quality.update(own.weight >= 0.5, clean != batch["label"], own.score, given)
 
 
 @torch.no_grad()

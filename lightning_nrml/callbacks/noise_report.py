@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_nrml import distributed
 from lightning_nrml.audit import AuditData, AuditOptions, AuditResult, audit
-from lightning_nrml.memory import SampleLedger
+from lightning_nrml.memory import LabelLedger, SampleLedger
 from lightning_nrml.modules import EmbeddingModule
 
 _WANDB_ROWS = 100
@@ -25,13 +25,15 @@ class NoiseReport(Callback):
     """Audits the training labels at the end of ``fit``: table, corrected labels and HTML report.
 
     Embeds the whole training split with the evaluation view and judges every label by the other samples
-    (see :mod:`lightning_nrml.audit.scores`). If a noise filter ran, the table also has its ledger and its
+    (see :mod:`lightning_nrml.audit.scores`); of multi-label data every label of every sample, given or not
+    (see :mod:`lightning_nrml.audit.labels`). If a noise filter ran, the table also has its ledger and its
     score of each sample after each of the last epochs. With a W&B logger, the most suspicious samples
     (with images), the confusion and the estimated noise rate are logged as ``audit/*``.
 
     Args:
         folder: where to write; default ``audit`` in the trainer's ``default_root_dir``.
-        history: epochs whose scores are kept (2 bytes per sample and epoch, in checkpoints too); 0 = none.
+        history: epochs whose scores are kept (2 bytes per sample and epoch, in checkpoints too; of
+            multi-label data per label); 0 = none.
         options: see :class:`~lightning_nrml.audit.AuditOptions`.
     """
 
@@ -69,7 +71,8 @@ class NoiseReport(Callback):
         ledger = getattr(pl_module, "noise_ledger", None)
         if not trainer.is_last_batch or not self.history or not isinstance(ledger, SampleLedger):
             return
-        self._epochs[trainer.current_epoch] = ledger.last_score.detach().half().cpu()
+        score = ledger.label_last_score.flatten() if isinstance(ledger, LabelLedger) else ledger.last_score
+        self._epochs[trainer.current_epoch] = score.detach().half().cpu()
         for old in sorted(self._epochs)[: -self.history]:
             del self._epochs[old]
 
@@ -94,7 +97,10 @@ class NoiseReport(Callback):
         ledger = getattr(pl_module, "noise_ledger", None)
         if not isinstance(ledger, SampleLedger):
             return {}
-        columns = {"times_seen": ledger.seen.cpu().numpy(), "times_dropped": ledger.dropped.cpu().numpy()}
+        seen, dropped = ledger.seen, ledger.dropped
+        if isinstance(ledger, LabelLedger):
+            seen, dropped = seen.repeat_interleave(ledger.num_labels), ledger.label_dropped.flatten()
+        columns = {"times_seen": seen.cpu().numpy(), "times_dropped": dropped.cpu().numpy()}
         return columns | {f"epoch_{e}": self._epochs[e].float().numpy() for e in sorted(self._epochs)}
 
 
@@ -130,7 +136,6 @@ def audit_data(datamodule: Any) -> AuditData:
 
     Raises:
         TypeError: it has no train labels or no ``embed_dataloader``.
-        ValueError: it is a multi-label set.
     """
     label = getattr(datamodule, "train_label", None)
     if not isinstance(label, Tensor) or not hasattr(datamodule, "embed_dataloader"):
@@ -138,8 +143,6 @@ def audit_data(datamodule: Any) -> AuditData:
             f"the audit needs a datamodule of lightning_nrml (or one with train_label and embed_dataloader), "
             f"not {type(datamodule).__name__}."
         )
-    if label.ndim != 1:
-        raise ValueError("the audit judges one label per sample; multi-label data are not supported.")
     images = datamodule.splits.train.images
     return AuditData(
         label,
@@ -191,7 +194,7 @@ def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> N
     names = [c for c in top.columns if not c.startswith("epoch_")]
     columns, rows = list(names), top[names].to_numpy(dtype=object).tolist()
     if data.images is not None:
-        pixels = data.images(top["index"].to_numpy(copy=True))
+        pixels = data.images(top["sample" if "sample" in top else "index"].to_numpy(copy=True))
         columns = ["image", *names]
         bands = pixels[:, :1] if pixels.shape[1] < 3 else pixels[:, :3]
         rows = [

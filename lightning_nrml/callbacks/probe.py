@@ -6,7 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from lightning_nrml.callbacks.embedding import (
     labels_of,
     size_of,
 )
+from lightning_nrml.callbacks.evaluator import SplitCallback
 from lightning_nrml.filters.chain import tolerate_absent_filters
 from lightning_nrml.metrics import TopKAccuracy
 from lightning_nrml.optim import OptimizerConfig, create_optimizer
@@ -92,7 +93,7 @@ def _start_fresh_if_absent(module: nn.Module, state: dict[str, Any], prefix: str
         state.update(absent)
 
 
-class OnlineLinearProbe(Callback):
+class OnlineLinearProbe(SplitCallback):
     """Trains a linear classifier on the detached embeddings of every batch; logs ``val/probe_top1``.
 
     Reads the ``embedding`` that ``training_step`` returns (for our self-supervised modules the
@@ -119,11 +120,9 @@ class OnlineLinearProbe(Callback):
     ) -> None:
         if label not in LABEL_KEY:
             raise ValueError(f"label is '{label}': choose 'given' or 'clean'.")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is {every_n_epochs}: it must be 1 or more.")
+        super().__init__(every_n_epochs)
         self.config = optimizer or OptimizerConfig("adam", lr=1e-2, weight_decay=0.0)
         self.label: LabelName = label
-        self.every_n_epochs = every_n_epochs
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._accuracy = TopKAccuracy()
@@ -185,61 +184,24 @@ class OnlineLinearProbe(Callback):
 
     # ---- evaluation ---------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Start counting, if this epoch counts."""
         # zero weights: a checkpoint without a probe, about which there is nothing to say
         self._active = is_due(trainer, self.every_n_epochs) and bool(_head(pl_module).weight.any())
         self._accuracy.to(pl_module.device).reset()
 
-    def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Classify one batch."""
         if self._active:
             embedding = embedding_of(trainer, pl_module, outputs, batch)
             label = labels_of(batch, "given", "OnlineLinearProbe")
             self._accuracy.update(_head(pl_module)(embedding), label)
 
-    def _finish(self, pl_module: LightningModule, prefix: str) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        """Log ``val/probe_*`` or ``test/probe_*``."""
         if self._active:
             for key, value in self._accuracy.compute().items():
                 pl_module.log(f"{prefix}/probe_{key}", value, prog_bar=key == "top1", rank_zero_only=False)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
-        self._begin(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Classify one batch."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``val/probe_*``."""
-        self._finish(pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
-        self._begin(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Classify one batch."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``test/probe_*``."""
-        self._finish(pl_module, "test")
 
 
 def _head(pl_module: LightningModule) -> ProbeHead:

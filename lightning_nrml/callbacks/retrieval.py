@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_nrml.callbacks.embedding import embedding_of
 from lightning_nrml.callbacks.evaluator import SplitEvaluator
 from lightning_nrml.metrics import RetrievalMetrics
 
@@ -43,11 +43,7 @@ class RetrievalEvaluator(SplitEvaluator):
         """Retrieval metrics of the wanted k."""
         return RetrievalMetrics(ks=self.ks)
 
-    def collect(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         """Embeddings that the module's step returned, or that its ``embed`` gives."""
-        if isinstance(outputs, dict) and "embedding" in outputs:
-            embedding = outputs["embedding"]
-        else:
-            with torch.no_grad():
-                embedding = pl_module.embed(batch["image"])  # type: ignore[operator]
+        embedding = embedding_of(trainer, pl_module, outputs, batch)
         self._metric.update(embedding, batch["label"], batch["index"])

@@ -116,7 +116,7 @@ def _parser_message(message: str, args: Sequence[str]) -> str:
     """The telling part of the parser's message; its wording may change, so the last way is generic."""
     if match := re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message):
         verbs = re.findall(r"\w+", match[2])
-        return f"there is no command '{match[1]}'; {nearest(match[1], [*verbs, 'recipes'])}"
+        return f"there is no command '{match[1]}'; {nearest(match[1], [*verbs, 'inject', 'recipes'])}"
     keys = re.findall(r'Parser key "([^"]+)"', message)
     owner = re.findall(r"class_path '([^']+)'", message)
     where = ".".join(keys) + (f" ({owner[-1].rsplit('.', 1)[-1]})" if owner else "")

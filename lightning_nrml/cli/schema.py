@@ -167,7 +167,7 @@ def _describe(file: Path, node: ast.ClassDef, depth: int) -> ClassInfo:
 
 def _annotated(file: Path, annotation: ast.expr | None, depth: int) -> tuple[ClassInfo, ...]:
     """Dataclasses that an annotation names, for checking nested settings."""
-    if annotation is None or depth > 2:
+    if annotation is None or depth > 6:  # a datamodule may be three classes below the one that names it
         return ()
     names = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
     infos = (_class_in(file, name, depth + 1) for name in sorted(names) if name[:1].isupper())

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_nrml.data.array import ArrayDataModule
     from lightning_nrml.data.base import NRMLDataModule
+    from lightning_nrml.data.bigearthnet import BigEarthNetDataModule
     from lightning_nrml.data.cifar import CIFARDataModule, CIFARNDataModule
     from lightning_nrml.data.dataset import IndexedDataset
+    from lightning_nrml.data.deepglobe import DeepGlobeDataModule
     from lightning_nrml.data.digits import DigitsDataModule
     from lightning_nrml.data.dml_benchmarks import CarsDataModule, CUBDataModule, SOPDataModule
+    from lightning_nrml.data.eurosat import EuroSATDataModule
     from lightning_nrml.data.folder import FolderDataModule
     from lightning_nrml.data.multilabel_rs import MultiLabelRSDataModule
     from lightning_nrml.data.noise import NoiseConfig, NoisyLabels
@@ -31,11 +34,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArrayDataModule": "array",
+    "BigEarthNetDataModule": "bigearthnet",
     "CIFARDataModule": "cifar",
     "CIFARNDataModule": "cifar",
     "CUBDataModule": "dml_benchmarks",
     "CarsDataModule": "dml_benchmarks",
+    "DeepGlobeDataModule": "deepglobe",
     "DigitsDataModule": "digits",
+    "EuroSATDataModule": "eurosat",
     "FolderDataModule": "folder",
     "IndexedDataset": "dataset",
     "MPerClassSampler": "samplers",
@@ -57,11 +63,14 @@ _HOME = {
 
 __all__ = [
     "ArrayDataModule",
+    "BigEarthNetDataModule",
     "CIFARDataModule",
     "CIFARNDataModule",
     "CUBDataModule",
     "CarsDataModule",
+    "DeepGlobeDataModule",
     "DigitsDataModule",
+    "EuroSATDataModule",
     "FolderDataModule",
     "IndexedDataset",
     "MPerClassSampler",

@@ -5,11 +5,14 @@ the flips of a low rate are among those of a higher one (``multilabel_images``: 
 
 Sources: Burgert, Ravanbakhsh, Demir, "On the Effects of Different Types of Label Noise in Multi-Label Remote
 Sensing Image Classification", IEEE TGRS 2022, arXiv 2207.13975, for ``multilabel`` and
-``multilabel_uniform``; Aksoy, Ravanbakhsh, Demir, "Multi-Label Noise Robust Collaborative Learning for
+``multilabel_uniform``; IDMN (instance-dependent multi-label noise), IEEE JSTARS 2024, code by ``youngwk``,
+for ``multilabel_scores``; Aksoy, Ravanbakhsh, Demir, "Multi-Label Noise Robust Collaborative Learning for
 Remote Sensing Image Classification", IEEE TNNLS 2022, arXiv 2012.10715, for ``multilabel_images``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -117,11 +120,69 @@ def multilabel_images(target: ArrayLike | Tensor, rate: float, seed: int = 0) ->
     return _flipped(clean, is_noise)
 
 
-def apply_multilabel_noise(target: ArrayLike | Tensor, config: NoiseConfig) -> NoisyLabels:
-    """The noise that ``config.kind`` names, on ``(N, L)`` labels; tables are the datamodule's business.
+def multilabel_scores(
+    target: ArrayLike | Tensor,
+    scores: ArrayLike | Tensor,
+    rate: float,
+    additive_rate: float | None = None,
+) -> NoisyLabels:
+    """Labels that an image does not look like get lost, labels that it looks like are added.
+
+    Two thresholds from the scores of all positives: those below their ``rate`` quantile are removed, and
+    negatives above their ``1 - additive_rate`` quantile are added. So the share of lost positives is
+    ``rate``; how many are added is up to the scores. Nothing is drawn.
+
+    Args:
+        target: ``(N, L)`` clean labels, 0 or 1.
+        scores: ``(N, L)`` finite numbers, high where an image looks like a label, such as the zero-shot
+            logits of an image-text model.
+        rate: in [0, 1]; 0 removes nothing.
+        additive_rate: in [0, 1]; 0 adds nothing; ``None`` = ``rate``.
+
+    Returns:
+        ``NoisyLabels`` of ``(N, L)`` arrays with ``is_noise == (label != clean_label)``.
 
     Raises:
-        ValueError: the kind is one for single labels, or the labels are not 0 and 1.
+        ValueError: a label is neither 0 nor 1, a rate is out of range, no label is positive, or the scores
+            have another shape or are not finite.
+    """
+    additive = rate if additive_rate is None else additive_rate
+    check_rate("rate", rate)
+    check_rate("additive_rate", additive)
+    clean = checked_target(target)
+    score = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
+    if score.shape != clean.shape:
+        raise ValueError(f"scores must have the shape of the labels, {clean.shape}, got {score.shape}")
+    score = score.astype(np.float64)
+    if not np.isfinite(score).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(score))[0])
+        raise ValueError(f"score of sample {row}, label {column} is {score[row, column]}; it must be finite")
+    positive = clean == 1
+    if not positive.any():
+        raise ValueError("no label is positive, so there are no scores to set thresholds by")
+    is_noise = positive & (score < np.quantile(score[positive], rate))
+    if additive > 0:  # else negatives above all positives would still be added
+        is_noise |= ~positive & (score > np.quantile(score[positive], 1 - additive))
+    return _flipped(clean, is_noise)
+
+
+def apply_multilabel_noise(
+    target: ArrayLike | Tensor,
+    config: NoiseConfig,
+    names: Sequence[str] = (),
+    scores: ArrayLike | None = None,
+) -> NoisyLabels:
+    """The noise that ``config.kind`` names, on ``(N, L)`` labels; files are the datamodule's business.
+
+    Args:
+        target: ``(N, L)`` clean labels, 0 or 1.
+        config: the noise.
+        names: L names of labels, for ``config.class_rates``.
+        scores: ``(N, L)``, what ``config.scores`` holds.
+
+    Raises:
+        ValueError: the kind is one for single labels, the labels are not 0 and 1, or a rate is for a label
+            that there is not.
     """
     if config.kind == "none":
         return multilabel(target)
@@ -134,11 +195,24 @@ def apply_multilabel_noise(target: ArrayLike | Tensor, config: NoiseConfig) -> N
             f"noise.kind '{config.kind}' is for one class per sample, but this set has several labels per "
             f"sample: use {', '.join(MULTILABEL_KINDS)} or none"
         )
-    remove = config.rate if config.kind in ("subtractive", "mixed") else 0.0
-    add = config.rate if config.kind in ("additive", "mixed") else 0.0
-    return multilabel(
-        target, remove, add if config.additive_rate is None else config.additive_rate, config.seed
-    )
+    if config.kind == "scores":
+        return multilabel_scores(target, () if scores is None else scores, config.rate, config.additive_rate)
+    clean = checked_target(target)
+    rates = _named_rates(np.full(clean.shape[1], config.rate), config.class_rates, names)
+    add = rates if config.additive_rate is None else np.full(clean.shape[1], config.additive_rate)
+    add = _named_rates(add, config.class_additive_rates, names)
+    remove = 0.0 if config.kind == "additive" else rates
+    return multilabel(clean, remove, 0.0 if config.kind == "subtractive" else add, config.seed)
+
+
+def _named_rates(rates: np.ndarray, changes: Mapping[str, float] | None, names: Sequence[str]) -> np.ndarray:
+    """``(L,)`` rates with some replaced by label name."""
+    rates = rates.copy()
+    for name, rate in (changes or {}).items():
+        if name not in names:
+            raise ValueError(f"noise rates: there is no label '{name}'; the labels are {', '.join(names)}")
+        rates[list(names).index(name)] = rate
+    return rates
 
 
 def checked_target(target: ArrayLike | Tensor) -> np.ndarray:

@@ -8,24 +8,19 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from lightning_nrml.data.base import NRMLDataModule
-from lightning_nrml.data.multilabel_noise import apply_multilabel_noise
 from lightning_nrml.data.multilabel_tables import (
     MultiLabelTable,
     find_images,
     read_multilabel_table,
     split_rows,
 )
-from lightning_nrml.data.noise_types import NoisyLabels
-from lightning_nrml.data.raster import RasterSource, cached_statistics
+from lightning_nrml.data.raster import RasterSource
+from lightning_nrml.data.remote_sensing import MultiLabelRemoteSensing
 from lightning_nrml.data.sources import FileSource, ImageSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits
-from lightning_nrml.data.views import EvalView, MetricView, Views
-
-STATISTICS_FOLDER = "~/.cache/lightning_nrml"
 
 
-class MultiLabelRSDataModule(NRMLDataModule):
+class MultiLabelRSDataModule(MultiLabelRemoteSensing):
     """Images (RGB, or rasters of any bands) and a table with a 0/1 column for every label.
 
     As it stands it reads UC Merced's multi-label layout: ``LandUse_Multilabeled.txt`` (tab separated, names
@@ -54,9 +49,8 @@ class MultiLabelRSDataModule(NRMLDataModule):
         image_size: side of the square that images are resized to (aspect ignored); ``None`` keeps the stored
             size, which must then be the same for all.
         bands: numbers of the bands to read, from 1, in this order; default all.
-        normalize: use the statistics of the bands in the default views.
-        statistics_folder: where they are kept.
-        kwargs: see :class:`NRMLDataModule`; ``m_per_class`` and ``epoch_length`` need single labels.
+        kwargs: ``normalize`` and ``statistics_folder``, see :class:`RemoteSensing`, and those of
+            :class:`NRMLDataModule`; ``m_per_class`` and ``epoch_length`` need single labels.
     """
 
     def __init__(
@@ -70,23 +64,17 @@ class MultiLabelRSDataModule(NRMLDataModule):
         split_column: str = "split",
         image_size: int | None = 256,
         bands: list[int] | None = None,
-        normalize: bool = True,
-        statistics_folder: str = STATISTICS_FOLDER,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if self.m_per_class is not None:
-            raise ValueError("m_per_class needs one class per sample; leave it out for multi-label data")
         self.path, self.table, self.images_folder = Path(path).expanduser(), table, images
         self.split_files = splits
         self.image_column, self.label_columns, self.split_column = image_column, label_columns, split_column
         self.image_size, self.bands = image_size, bands
-        self.normalize, self.statistics_folder = normalize, statistics_folder
-        self._train_files: list[str] = []
-        self._statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def load_splits(self) -> Splits:
-        table = self._read_table(self.path / self.table)
+        table = self.read_table(self.path / self.table)
+        self._label_names = table.names
         rows = split_rows(table, self._lists(table.split is not None))
         files = [str(f) for f in find_images(table.images, self.path / self.images_folder)]
         self._train_files = [files[i] for i in rows["train"]]
@@ -98,7 +86,8 @@ class MultiLabelRSDataModule(NRMLDataModule):
         }
         return Splits(parts["train"], parts.get("test"), len(table.names), parts.get("val"), table.names)
 
-    def _read_table(self, path: Path) -> MultiLabelTable:
+    def read_table(self, path: Path) -> MultiLabelTable:
+        """A table like the data set's own."""
         return read_multilabel_table(path, self.image_column, self.label_columns, self.split_column)
 
     def _lists(self, has_column: bool) -> dict[str, Path] | None:
@@ -113,51 +102,6 @@ class MultiLabelRSDataModule(NRMLDataModule):
         if self.bands is None and _is_rgb(files):
             return FileSource(files, 3, self.image_size, "squash")
         return RasterSource(files, self.bands, self.image_size)
-
-    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
-        """Noisy train labels, from the generators or from ``noise.table``."""
-        if self.noise.table is None:
-            return apply_multilabel_noise(train.label, self.noise)
-        noisy = self._read_table(Path(self.noise.table).expanduser())
-        assert train.paths is not None
-        names = self._label_order(noisy.names)
-        position = {image: row for row, image in enumerate(noisy.images)}
-        lost = [image for image in train.paths if image not in position]
-        if lost:
-            raise ValueError(
-                f"noise.table {noisy.source} has no row for {len(lost)} of {len(train)} train images, the "
-                f"first is '{lost[0]}'"
-            )
-        label = noisy.label[[position[image] for image in train.paths]][:, names]
-        return NoisyLabels(label, train.label, label != train.label)
-
-    def _label_order(self, names: Sequence[str]) -> list[int]:
-        """Positions of this set's labels among ``names``."""
-        own = self._read_table(self.path / self.table).names
-        if sorted(own) != sorted(names):
-            odd = sorted(set(own) ^ set(names)) or ["a label twice"]
-            raise ValueError(
-                f"noise.table {self.noise.table} has other labels than the data set: {', '.join(odd[:5])}"
-            )
-        return [list(names).index(name) for name in own]
-
-    @property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of every band over the train images, in the units that views see."""
-        if self._statistics is None:
-            images = self.splits.train.images
-            self._statistics = cached_statistics(images, self._train_files, Path(self.statistics_folder))
-        return self._statistics
-
-    def default_train_view(self) -> Views:
-        """Flips both ways, which keep every label of an image from above, and normalisation."""
-        mean, std = self.statistics if self.normalize else (None, None)
-        return MetricView(self.view_size, crop_scale=None, flip=0.5, vertical_flip=0.5, mean=mean, std=std)
-
-    def default_eval_view(self) -> Views:
-        """Normalisation."""
-        mean, std = self.statistics if self.normalize else (None, None)
-        return EvalView(self.view_size, mean, std)
 
 
 def _is_rgb(files: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.data.tables import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,13 +103,16 @@ def _check_once(images: Sequence[str], path: Path) -> None:
         seen[image] = row
 
 
-def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], path: Path) -> np.ndarray:
+def _numbers(frame: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Columns as ``(N, len(names))`` float64, NaN where there is no number."""
     import pandas as pd
 
-    number = np.stack(
-        [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in names],
-        axis=1,
-    )
+    columns = [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in names]
+    return np.stack(columns, axis=1)
+
+
+def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], path: Path) -> np.ndarray:
+    number = _numbers(frame, names)
     bad = (number != 0) & (number != 1)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
@@ -117,6 +121,107 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
             f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
+
+
+def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, int]) -> MultiLabelTable:
+    """Read a Parquet table whose first column names images and whose second holds lists of label names.
+
+    Args:
+        path: the file.
+        names: L names of labels.
+        spellings: label name in lower case -> its position in ``names``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, has other columns, an image twice, or a label that is not known.
+    """
+    frame = _read(path)
+    if frame.shape[1] < 2 or not len(frame):
+        raise ValueError(f"{path} needs rows, a column of image names and one with lists of label names")
+    images = [str(v) for v in frame.iloc[:, 0]]
+    _check_once(images, path)
+    label = np.zeros((len(images), len(names)), dtype=np.int64)
+    for row, given in enumerate(frame.iloc[:, 1]):
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            raise ValueError(f"{path}, row {row} ({images[row]}): {given!r} is no list of label names")
+        for name in given:
+            if str(name).lower() not in spellings:
+                raise ValueError(
+                    f"{path}, row {row} ({images[row]}): label '{name}' is not among {', '.join(names)}"
+                )
+            label[row, spellings[str(name).lower()]] = 1
+    return MultiLabelTable(str(path), images, label, list(names))
+
+
+def write_multilabel_table(
+    path: Path, images: Sequence[str], label: np.ndarray, names: Sequence[str], image_column: str = "image"
+) -> None:
+    """Write what :func:`read_multilabel_table` reads, at once.
+
+    Args:
+        path: ``.csv`` or ``.parquet``; missing folders are made.
+        images: N names of images, each once.
+        label: ``(N, L)``, 0 or 1.
+        names: L names of labels, each once.
+        image_column: what to call the column of the images.
+
+    Raises:
+        ValueError: an image or a label twice, or a label with the name of the images' column; nothing is
+            written then.
+    """
+    import pandas as pd
+
+    _check_once(images, path)
+    columns = [image_column, *names]
+    twice = [name for name in names if columns.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} would have two columns '{twice[0]}'; rename the label")
+    frame = pd.DataFrame(label.astype(np.uint8), columns=list(names))
+    frame.insert(0, image_column, list(images))
+    write_frame(path, frame)
+
+
+def read_scores(path: Path, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Scores of images and labels, ``(len(images), len(names))`` float64.
+
+    Args:
+        path: ``.npy`` of that shape and order, or a table with a row per image, its name in the first column
+            and a column of numbers for every label; in any order, further rows and columns are not used.
+        images: names of the images.
+        names: names of the labels.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, has another shape, or lacks an image or a label.
+    """
+    if path.suffix.lower() == ".npy":
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path} of scores; check noise.scores")
+        try:
+            scores = np.load(path, allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as an array of scores: {error}") from error
+        if scores.shape != (len(images), len(names)):
+            raise ValueError(
+                f"{path} has shape {scores.shape}, but there are {len(images)} train images and {len(names)} "
+                "labels"
+            )
+        return np.asarray(scores, dtype=np.float64)
+    frame = _read(path)
+    frame.columns = [str(c) for c in frame.columns]  # type: ignore[assignment]
+    lost = [name for name in names if name not in frame.columns]
+    if lost:
+        raise ValueError(f"{path} has no column '{lost[0]}'; it needs one for each label")
+    there = [str(v) for v in frame.iloc[:, 0]]
+    _check_once(there, path)
+    position = {image: row for row, image in enumerate(there)}
+    absent = [image for image in images if image not in position]
+    if absent:
+        raise ValueError(
+            f"{path} has no row for {len(absent)} of {len(images)} train images, the first is '{absent[0]}'"
+        )
+    numbers = _numbers(frame, names)
+    return numbers[[position[image] for image in images]]
 
 
 def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict[str, np.ndarray]:

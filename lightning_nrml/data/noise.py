@@ -20,7 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lightning_nrml.data.multilabel_noise import multilabel, multilabel_images, multilabel_uniform
+from lightning_nrml.data.multilabel_noise import (
+    multilabel,
+    multilabel_images,
+    multilabel_scores,
+    multilabel_uniform,
+)
 from lightning_nrml.data.noise_types import (
     MULTILABEL_KINDS,
     NoiseConfig,
@@ -41,6 +46,7 @@ __all__ = [
     "label_hash",
     "multilabel",
     "multilabel_images",
+    "multilabel_scores",
     "multilabel_uniform",
     "pair_flip",
     "small_cluster",

@@ -19,9 +19,18 @@ NoiseKind = Literal[
     "mixed",
     "uniform",
     "images",
+    "scores",
 ]
 #: kinds for ``(N, L)`` labels, see :mod:`lightning_nrml.data.multilabel_noise`
-MULTILABEL_KINDS = ("subtractive", "additive", "mixed", "uniform", "images")
+MULTILABEL_KINDS = ("subtractive", "additive", "mixed", "uniform", "images", "scores")
+
+#: settings of :class:`NoiseConfig` and the kinds that they belong to
+_KINDS_OF = {
+    "additive_rate": ("mixed", "scores"),
+    "class_rates": ("subtractive", "additive", "mixed"),
+    "class_additive_rates": ("mixed",),
+    "scores": ("scores",),
+}
 
 
 @dataclass(frozen=True)
@@ -71,17 +80,24 @@ class NoiseConfig:
 
     Args:
         kind: ``none``, ``symmetric``, ``asymmetric``, ``pair_flip`` or ``small_cluster``; for multi-label
-            sets ``subtractive``, ``additive``, ``mixed``, ``uniform`` or ``images``.
+            sets ``subtractive``, ``additive``, ``mixed``, ``uniform``, ``images`` or ``scores``.
         rate: in [0, 1]: probability of a wrong label; for ``small_cluster`` the share of the classes that
             are dissolved; for ``subtractive``, ``additive`` and ``mixed`` flips over positives of each class;
-            for ``images`` the share of images and of their labels. Not used by ``none`` and ``table``.
+            for ``images`` the share of images and of their labels; for ``scores`` the share of the positives
+            that get lost. Not used by ``none`` and ``table``.
         seed: not negative; the same seed gives the same labels everywhere.
         mapping: for ``asymmetric``: wrong class by right class.
         table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
             whose ``keep`` is false are left out of training.
         column: the table's column that holds the labels; not used by multi-label sets, whose tables have a
             column for every label.
-        additive_rate: for ``mixed``: rate of the added labels, if not ``rate``, which the removed ones have.
+        additive_rate: for ``mixed`` and ``scores``: rate of the added labels, if not ``rate``, which the
+            removed ones have.
+        class_rates: for ``subtractive``, ``additive`` and ``mixed``: label name -> rate of that label, if not
+            ``rate``.
+        class_additive_rates: for ``mixed``: label name -> rate of its added labels.
+        scores: for ``scores``: how much each train image looks like each label, as ``.npy`` ``(N, L)`` in the
+            order of the train images, or a CSV or Parquet table like that of the labels.
     """
 
     kind: NoiseKind = "none"
@@ -91,6 +107,9 @@ class NoiseConfig:
     table: str | None = None
     column: str = "label"
     additive_rate: float | None = None
+    class_rates: dict[str, float] | None = None
+    class_additive_rates: dict[str, float] | None = None
+    scores: str | None = None
 
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
@@ -106,10 +125,20 @@ class NoiseConfig:
             )
         if self.kind == "asymmetric" and not self.mapping:
             raise ValueError("noise.kind 'asymmetric' needs noise.mapping, such as {7: 1, 2: 7}")
+        self._check_multilabel()
+
+    def _check_multilabel(self) -> None:
+        for name, kinds in _KINDS_OF.items():
+            value = getattr(self, name)
+            if value is not None and self.kind not in kinds:
+                need = "' or '".join(kinds)
+                raise ValueError(f"noise.{name} needs noise.kind '{need}', got '{self.kind}'")
+            for label, rate in value.items() if isinstance(value, dict) else ():
+                check_rate(f"noise.{name}, '{label}'", rate)
         if self.additive_rate is not None:
-            if self.kind != "mixed":
-                raise ValueError(f"noise.additive_rate needs noise.kind 'mixed', got '{self.kind}'")
             check_rate("noise.additive_rate", self.additive_rate)
+        if self.kind == "scores" and self.scores is None:
+            raise ValueError("noise.kind 'scores' needs noise.scores, a file of scores per image and label")
 
 
 def check_rate(name: str, rate: float) -> None:

@@ -56,7 +56,7 @@ class RasterSource(ImageSource):
         self.size = shape[1:] if image_size is None else (image_size, image_size)
 
     def _first_shape(self) -> tuple[int, int, int]:
-        rasterio = _rasterio(self.paths[0] if len(self.paths) else "rasters")
+        rasterio = import_rasterio(self.paths[0] if len(self.paths) else "rasters")
         for path in self.paths:
             try:
                 with rasterio.open(str(path)) as file:
@@ -85,7 +85,7 @@ class RasterSource(ImageSource):
 
     def decode(self, row: int) -> Tensor:
         """One image as float32 ``(channels, H, W)``."""
-        rasterio = _rasterio(self.paths[row])
+        rasterio = import_rasterio(self.paths[row])
         try:
             with rasterio.open(str(self.paths[row])) as file:
                 self._check_shape(row, file.count, (file.height, file.width))
@@ -126,7 +126,7 @@ class RasterSource(ImageSource):
                 )
 
 
-def _rasterio(path: object) -> Any:
+def import_rasterio(path: object) -> Any:
     """The package rasterio.
 
     Raises:

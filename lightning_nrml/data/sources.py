@@ -25,7 +25,7 @@ from torch.nn import functional as F
 Fit = Literal["crop", "squash"]
 _DECODE_THREADS = 4
 # what Pillow's decoders raise on damaged files
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -154,7 +154,7 @@ class DecodingSource(ImageSource):
         try:
             with self.open(row) as image:
                 return to_tensor(image, self.channels, self.size, self.fit)
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise BadImageError(
                 f"cannot read {self.name(row)} ({type(error).__name__}: {error}); mend or remove it, "
                 "or set on_bad_image: skip"

@@ -207,19 +207,23 @@ def write_label_table(
     import pandas as pd
 
     path = Path(path)
-    suffix = _checked_suffix(path)
+    _checked_suffix(path)
     if not isinstance(frame, pd.DataFrame):
         frame = pd.DataFrame({name: np.asarray(values) for name, values in frame.items()})
-    frame = _validated(frame, str(path), column)
+    write_frame(path, _validated(frame, str(path), column))
+    return path
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a ``.csv`` or ``.parquet`` file at once; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Same folder, so that os.replace stays within one file system; unique, so that writers do not collide.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        if suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             frame.to_csv(partial, index=False)
         else:
             frame.to_parquet(partial, index=False)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return path

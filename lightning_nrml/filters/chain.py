@@ -118,8 +118,9 @@ class FilterChain(nn.ModuleDict):
             if mode == "batch":
                 total = _combine(total, self._ask(name, part, ctx), name)
             elif mode == "epoch":
-                keep = self.epoch_keep[name]()[ctx.index]
-                total = _combine(total, replace(Selection.keep_all(ctx.label), weight=keep.float()), name)
+                keep = self.epoch_keep[name]()[ctx.index].float()
+                none = Selection.keep_all(keep)
+                total = _combine(total, replace(none, weight=keep), name)
         self.pending = (ctx, total)
         return total
 
@@ -156,16 +157,20 @@ def _float32_default() -> Iterator[None]:
 
 
 def _combine(first: Selection, second: Selection, name: str) -> Selection:
-    """Product of the weights; scores add (log-probabilities), a missing opinion counts as none."""
-    score = torch.where(
-        first.score.isnan(), second.score, first.score + torch.nan_to_num(second.score, nan=0.0)
+    """Product of the weights; scores add (log-probabilities), a missing opinion counts as none.
+
+    What a filter says of a sample ``(B,)`` holds for each of its labels if the batch has ``(B, L)``.
+    """
+    weight, other = (
+        x if x.ndim == first.weight.ndim else x.unsqueeze(1) for x in (second.weight, second.score)
     )
+    score = torch.where(first.score.isnan(), other, first.score + torch.nan_to_num(other, nan=0.0))
     pair = second.pair_weight
     if first.pair_weight is not None:
         pair = first.pair_weight if pair is None else first.pair_weight * pair
     stats = {**first.stats, **{f"{name}/{k}": v for k, v in second.stats.items()}}
     threshold = torch.where(first.threshold.isnan(), second.threshold, first.threshold)
-    return Selection(first.weight * second.weight, score, threshold, stats, pair)
+    return Selection(first.weight * weight, score, threshold, stats, pair)
 
 
 def select(
@@ -189,7 +194,7 @@ def select(
     Args:
         module: the module that the callback attached its filter to (``self``).
         embedding: ``(B, D)``, any scale; no gradient flows through the filter.
-        label: ``(B,)`` given labels.
+        label: ``(B,)`` given labels, or ``(B, L)`` 0/1; the weights have its shape.
         index: ``(B,)`` positions in the training set.
         logits: ``(B, C)``, for filters that need a posterior.
         per_sample_loss: ``(B,)``, for filters that look at the loss.

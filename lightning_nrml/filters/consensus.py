@@ -19,6 +19,8 @@ from lightning_nrml.types import FilterContext, Selection
 _CLIP = 3.0  # standardised opinions beyond this say nothing more
 _STATISTICS_DECAY = 0.95
 _MIN_ROWS = 8  # fewer opinions in a batch do not change the statistics
+_PATIENCE = 4  # warm-ups until all samples may be found clean: weak evidence has no two groups yet
+_NO_SKILL = 1e-3  # agreement below this is none at all
 
 
 class SideClassifier(StateModule):
@@ -75,16 +77,18 @@ class Consensus(NoiseFilter):
     * *classifier*: the module's own logits, if its loss has classes or proxies; else a softmax regression on
       detached embeddings that the filter trains by itself.
 
-    On natural images with few classes a classifier ranks wrong labels better, on many small classes the
-    memory does. Their log-odds have nothing like the same scale, so each judge is standardised by the running
-    mean and deviation of its own opinions, and clipped; the opinion on a sample is the mean of the judges
-    that have one. The *evidence* on a sample is the running mean of its opinions: one look at an embedding
-    that still learns is noisy.
+    Their log-odds have nothing like the same scale, so each judge is standardised by the running mean and
+    deviation of its own opinions, and clipped. On natural images with few classes both rank wrong labels
+    about equally well, on many small classes the classifier is far behind. What tells without the truth is
+    the *agreement*, how often a judge's favourite class is the given label: the classifier counts as the
+    squared ratio of its agreement to the memory's, and never more than the memory, which has not seen the
+    sample's own label. The opinion on a sample is the weighted mean of the judges that have one, and the
+    *evidence* the running mean of its opinions: one look at an embedding that still learns is noisy.
 
     The evidence of all samples seen so far is split into two groups by a mixture of two normal
     distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
     kept if it is at least one half, and the share of the low group estimates the noise rate
-    (``stats["noise_rate"]``).
+    (``stats["noise_rate"]``). If no two groups are left after four warm-ups, all samples are kept.
 
     Rows without any opinion are kept and flagged in ``stats["unknown"]``. Non-finite rows are dropped,
     flagged in ``stats["nonfinite"]``, and neither judged nor remembered. During warm-up everything is kept
@@ -101,7 +105,7 @@ class Consensus(NoiseFilter):
         bank: :class:`~lightning_nrml.memory.centers.SampleCenters`, the trusted rows.
         side: :class:`SideClassifier`. groups: :class:`TwoGroups`.
         evidence: ``(N,)`` float32, NaN = none. evidence_weight: ``(N,)`` float32 in [0, 1).
-        opinion_mean, opinion_var: ``(2,)`` float32, of memory and classifier; NaN = no statistics yet.
+        opinion_mean, opinion_var, agreement: ``(2,)`` float32, of memory and classifier; NaN = none yet.
         steps: 0-d int64, updates so far.
 
     Raises:
@@ -115,6 +119,7 @@ class Consensus(NoiseFilter):
     evidence_weight: Tensor
     opinion_mean: Tensor
     opinion_var: Tensor
+    agreement: Tensor
     steps: Tensor
 
     def __init__(
@@ -144,6 +149,7 @@ class Consensus(NoiseFilter):
         self.register_buffer("evidence_weight", torch.zeros(num_samples))
         self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
         self.register_buffer("opinion_var", torch.full((2,), torch.nan))
+        self.register_buffer("agreement", torch.full((2,), torch.nan))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
 
@@ -183,38 +189,51 @@ class Consensus(NoiseFilter):
             tables = [self._memory_scores(rows, ctx.index, ctx.label), self._classifier_scores(ctx, rows)]
         odds = torch.stack([_log_odds(t, ctx.label) for t in tables])
         odds = torch.where(finite & odds.isfinite(), odds, torch.nan)
-        mean, var = self._statistics(odds)
+        agrees = torch.stack([t.nan_to_num(-torch.inf).argmax(dim=1) == ctx.label for t in tables])
+        mean, var, agreement = self._statistics(odds, agrees)
         opinion = (odds - mean.unsqueeze(1)) / var.clamp_min(1e-12).sqrt().unsqueeze(1)
-        opinion = opinion.clamp(-_CLIP, _CLIP).nanmean(dim=0)
+        share = self._shares(agreement).unsqueeze(1)
+        opinion = _weighted_mean(opinion.clamp(-_CLIP, _CLIP), share)
         weight = self.evidence_weight[ctx.index]
         before = self.evidence[ctx.index].nan_to_num(0.0) * weight
         told = ~opinion.isnan()
         new_weight = torch.where(told, self.smoothing * weight + (1 - self.smoothing), weight)
         evidence = (self.smoothing * before + (1 - self.smoothing) * opinion) / new_weight
-        best = torch.stack([_standardised(t) for t in tables]).nanmean(dim=0).nan_to_num(-torch.inf)
+        best = _weighted_mean(torch.stack([_standardised(t) for t in tables]), share.unsqueeze(2))
         return {
             "rows": rows,
             "finite": finite,
             "mean": mean,
             "var": var,
+            "agreement": agreement,
             "evidence": torch.where(told, evidence, self.evidence[ctx.index]),
             "weight": new_weight,
-            "suggested": best.argmax(dim=1).masked_fill(~(finite & self.bank.filled.any()), -1),
+            "suggested": best.nan_to_num(-torch.inf)
+            .argmax(dim=1)
+            .masked_fill(~(finite & self.bank.filled.any()), -1),
         }
 
-    def _statistics(self, odds: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance ``(2,)`` of each judge's log-odds ``(2, B)``, this batch included."""
+    def _statistics(self, odds: Tensor, agrees: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean and variance of each judge's log-odds ``(2, B)``, and its agreement, all ``(2,)``.
+
+        This batch is included.
+        """
         there = ~odds.isnan()
         count = there.sum(dim=1)
         mean = odds.nan_to_num(0.0).sum(dim=1) / count.clamp_min(1)
         var = torch.where(there, (odds - mean.unsqueeze(1)) ** 2, 0.0).sum(dim=1) / (count - 1).clamp_min(1)
-        enough = count >= _MIN_ROWS
-        fresh = self.opinion_mean.isnan()
-        decay = torch.where(fresh, 0.0, _STATISTICS_DECAY)
-        old_mean, old_var = self.opinion_mean.nan_to_num(0.0), self.opinion_var.nan_to_num(0.0)
-        new_mean = torch.where(enough, decay * old_mean + (1 - decay) * mean, self.opinion_mean)
-        new_var = torch.where(enough, decay * old_var + (1 - decay) * var, self.opinion_var)
-        return new_mean, new_var
+        now = torch.stack([mean, var, (agrees & there).sum(dim=1) / count.clamp_min(1)])
+        old = torch.stack([self.opinion_mean, self.opinion_var, self.agreement])
+        decay = torch.where(old.isnan(), 0.0, _STATISTICS_DECAY)
+        new = decay * old.nan_to_num(0.0) + (1 - decay) * now
+        mean, var, agreement = torch.where(count >= _MIN_ROWS, new, old).unbind()
+        return mean, var, agreement
+
+    @staticmethod
+    def _shares(agreement: Tensor) -> Tensor:
+        """``(2,)`` weights of memory (1) and classifier (at most 1) in an opinion."""
+        memory, classifier = (agreement.nan_to_num(0.0) + _NO_SKILL).unbind()
+        return torch.stack([torch.ones_like(memory), (classifier / memory).clamp_max(1.0) ** 2])
 
     # -- contract -----------------------------------------------------------------------------------
 
@@ -268,12 +287,14 @@ class Consensus(NoiseFilter):
         judged = last[1] if last is not None and last[0] is ctx else self._judge(ctx)
         self.opinion_mean.copy_(judged["mean"])
         self.opinion_var.copy_(judged["var"])
+        self.agreement.copy_(judged["agreement"])
         final, once = last_of_each(ctx.index)
         evidence, weight = judged["evidence"][final], judged["weight"][final]
         self.groups.replace(self.evidence[ctx.index], evidence, once)
         self.evidence.index_copy_(0, ctx.index, evidence)
         self.evidence_weight.index_copy_(0, ctx.index, weight)
-        self.groups.fit(restart=self.steps < self.warmup_steps)
+        insist = self.steps < _PATIENCE * self.warmup_steps
+        self.groups.fit(restart=self.steps < self.warmup_steps, insist=insist)
         rows, keep = judged["rows"], selection.keep.to(ctx.label.device) & judged["finite"]
         self.bank.remember(ctx.index, rows, ctx.label, keep)
         if ctx.logits is None:
@@ -300,3 +321,9 @@ def _standardised(scores: Tensor) -> Tensor:
     centred = scores - torch.where(there, scores, 0.0).sum(dim=1, keepdim=True) / count
     spread = torch.where(there, centred**2, 0.0).sum(dim=1, keepdim=True) / count
     return centred / spread.clamp_min(1e-12).sqrt()
+
+
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the first dimension of what is not NaN; NaN where nothing is."""
+    weight = torch.where(values.isnan(), 0.0, weight)
+    return (values.nan_to_num(0.0, neginf=-torch.inf) * weight).sum(dim=0) / weight.sum(dim=0)

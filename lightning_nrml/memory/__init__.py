@@ -2,6 +2,7 @@
 
 from lightning_nrml.memory.bank import FeatureBank
 from lightning_nrml.memory.centers import CenterMemory
+from lightning_nrml.memory.label_ledger import LabelLedger
 from lightning_nrml.memory.ledger import SampleLedger
 from lightning_nrml.memory.mining import MiningConfig
 from lightning_nrml.memory.pool import CandidatePool
@@ -12,6 +13,7 @@ __all__ = [
     "CenterMemory",
     "FeatureBank",
     "FeatureQueue",
+    "LabelLedger",
     "MiningConfig",
     "SampleLedger",
 ]

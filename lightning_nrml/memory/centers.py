@@ -14,6 +14,11 @@ _GRID = 2.0**30
 _MAX_MEMORY = 2**23
 
 
+def on_grid(rows: Tensor) -> Tensor:
+    """Copies of unit rows ``(B, D)`` float32 whose sums in float64 are exact."""
+    return rows.mul(_GRID).round_().div_(_GRID)
+
+
 class ClassSums(StateModule):
     """Rows of labelled unit features in numbered slots, and the centre of each class; see subclasses.
 
@@ -156,7 +161,7 @@ class CenterMemory(ClassSums):
         kept = keep.sum()
         place = torch.arange(len(order), device=order.device)
         slot = place.add(self.pointer).remainder_(self.memory_size)
-        new = rows.index_select(0, order).mul_(_GRID).round_().div_(_GRID)
+        new = on_grid(rows.index_select(0, order))
         new_label = label.index_select(0, order)
         if not keep.is_cpu:
             fresh = place < kept
@@ -189,7 +194,7 @@ class SampleCenters(ClassSums):
         """
         final, once = last_of_each(index)
         rows, label, keep = rows[final], label[final], keep[final]
-        new = rows.mul(_GRID).round_().div_(_GRID).masked_fill_(~keep.unsqueeze(1), 0.0)
+        new = on_grid(rows).masked_fill_(~keep.unsqueeze(1), 0.0)
         self.put(index, new, label.masked_fill(~keep, -1), once)
 
     def without_self(self, index: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

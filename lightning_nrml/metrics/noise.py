@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 NAMES = ("precision", "recall", "keep_rate", "f1", "auroc", "auroc_sd", "average_precision")
+#: kinds of wrong labels in multi-label data, by the given value: 0 and 1
+KINDS = ("missing", "extra")
 
 
 def filter_quality(keep: Tensor, is_noise: Tensor, score: Tensor | None = None) -> dict[str, float]:
@@ -130,30 +132,65 @@ def mid_rank(x: Tensor) -> Tensor:
 class FilterQuality(Metric):
     """:func:`filter_quality` accumulated over batches and ranks.
 
-    Keeps four counts, and 5 bytes per scored sample for the exact AUROC and average precision.
+    Keeps four counts, and 5 bytes per scored sample (or label) for the exact AUROC and average precision.
+    With ``num_labels`` it also tells of ``(B, L)`` labels how the two kinds of errors are found, labels that
+    are given but wrong (``extra``) and labels that lack (``missing``): ``extra_precision`` = P(wrong | given,
+    dropped), ``extra_recall`` = P(dropped | given, wrong), ``extra_auroc``, and the same for ``missing``;
+    :meth:`per_label` has them for each label.
+
+    Args:
+        num_labels: L; 0 for one class per sample.
+        kwargs: see torchmetrics.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
     counts: Tensor
+    label_counts: Tensor
     score: list[Tensor] | Tensor
     noise: list[Tensor] | Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, num_labels: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.num_labels = num_labels
+        # [missing, extra] x labels x [all, kept, clean, clean and kept]
+        empty = torch.zeros(2, num_labels, 4, dtype=torch.int64)
+        self.add_state("label_counts", default=empty, dist_reduce_fx="sum")
         self.add_state("counts", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("score", default=[], dist_reduce_fx="cat")
         self.add_state("noise", default=[], dist_reduce_fx="cat")
 
-    def update(self, keep: Tensor, is_noise: Tensor, score: Tensor | None = None) -> None:
-        """Add samples; arguments as in :func:`filter_quality`."""
-        counts, (score, noise) = _reduce(keep, is_noise, score)
+    def update(
+        self, keep: Tensor, is_noise: Tensor, score: Tensor | None = None, label: Tensor | None = None
+    ) -> None:
+        """Add samples.
+
+        Args:
+            keep, is_noise, score: as in :func:`filter_quality`.
+            label: ``(B, L)`` given labels, 0 or 1; needed with ``num_labels``.
+
+        Raises:
+            ValueError: if the shapes do not agree.
+        """
+        counts, (scores, noise) = _reduce(keep, is_noise, score)
         assert isinstance(self.score, list)
         assert isinstance(self.noise, list)
         self.counts += counts
-        self.score.append(score)
-        self.noise.append(noise.to(torch.uint8))
+        code = noise.to(torch.uint8)
+        if self.num_labels:
+            if label is None or label.shape != keep.shape or label.shape[1:] != (self.num_labels,):
+                shape = None if label is None else tuple(label.shape)
+                raise ValueError(
+                    f"FilterQuality(num_labels={self.num_labels}) needs keep, is_noise and label of shape "
+                    f"(B, {self.num_labels}), got keep {tuple(keep.shape)} and label {shape}."
+                )
+            given = label > 0
+            self.label_counts += _label_counts(keep > 0, ~is_noise.bool(), given)
+            if score is not None:
+                code += 2 * given.flatten()[~score.flatten().isnan()].to(torch.uint8)
+        self.score.append(scores)
+        self.noise.append(code)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states; a rank without samples takes part with empty ones of the right dtype."""
@@ -163,9 +200,38 @@ class FilterQuality(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, float]:
-        """The result of :func:`filter_quality` over all samples."""
+        """The result of :func:`filter_quality` over all samples, and what ``num_labels`` adds."""
         if not len(self.score):
-            return _result(self.counts, torch.empty(0), torch.empty(0, dtype=torch.bool))
-        score = self.score if isinstance(self.score, Tensor) else torch.cat(self.score)
-        noise = self.noise if isinstance(self.noise, Tensor) else torch.cat(self.noise)
-        return _result(self.counts, score, noise.bool())
+            score, code = torch.empty(0), torch.empty(0, dtype=torch.uint8)
+        else:
+            score = self.score if isinstance(self.score, Tensor) else torch.cat(self.score)
+            code = self.noise if isinstance(self.noise, Tensor) else torch.cat(self.noise)
+        noise = code % 2 > 0
+        found = _result(self.counts, score, noise)
+        for given, name in enumerate(KINDS if self.num_labels else ()):
+            own = code // 2 == given
+            for key, value in _found(self.label_counts[given].sum(dim=0)).items():
+                found[f"{name}_{key}"] = float(value)
+            found[f"{name}_auroc"] = auroc_with_sd(score[own], ~noise[own])[0]
+        return found
+
+    def per_label(self) -> dict[str, Tensor]:
+        """``extra_precision``, ``extra_recall`` and the same for ``missing``: ``(L,)`` float64."""
+        return {
+            f"{name}_{key}": value
+            for given, name in enumerate(KINDS)
+            for key, value in _found(self.label_counts[given]).items()
+        }
+
+
+def _label_counts(kept: Tensor, clean: Tensor, given: Tensor) -> Tensor:
+    """``(2, L, 4)`` counts of absent and of given labels: all, kept, clean, clean and kept."""
+    columns = torch.stack([torch.ones_like(kept), kept, clean, kept & clean], dim=2)
+    return torch.stack([(columns & (given == kind).unsqueeze(2)).sum(dim=0) for kind in (False, True)])
+
+
+def _found(counts: Tensor) -> dict[str, Tensor]:
+    """Precision and recall of "dropped = wrong" from counts ``(..., 4)``; NaN where undefined."""
+    total, kept, clean, both = counts.double().unbind(dim=-1)
+    caught = total - kept - clean + both  # wrong and dropped
+    return {"precision": caught / (total - kept), "recall": caught / (total - clean)}

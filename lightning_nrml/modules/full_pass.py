@@ -17,13 +17,14 @@ from lightning_nrml.modules.base import EmbeddingModule
 def evaluating(*parts: nn.Module) -> Iterator[None]:
     """All parts in eval mode without gradients; afterwards each is in the mode it had.
 
-    ``module.train()`` would not do: it wakes batch norms that were frozen on purpose.
+    ``module.train()`` would not do: it wakes batch norms that were frozen on purpose. Torch's global
+    generator is put back too, since starting a loader draws from it.
     """
     modes = {part: part.training for module in parts for part in module.modules()}
     for module in parts:
         module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
         for part, mode in modes.items():
@@ -43,8 +44,7 @@ def embed_train_split(module: EmbeddingModule) -> Tensor:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     rows: list[Tensor] = []
     index: list[Tensor] = []
-    # starting a loader draws from torch's generator
-    with evaluating(module), torch.random.fork_rng(devices=[]):
+    with evaluating(module):
         for batch in data.embed_dataloader():
             # not through the trainer's hooks, which would augment while it trains
             image = data.apply_views({"image": batch["image"].to(module.device)}, training=False)["image"]

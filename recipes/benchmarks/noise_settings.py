@@ -23,10 +23,13 @@ METHODS = {
     "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
     "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
     "frozen": "cross-entropy, no filter, kept for frozen embeddings",
+    "pretrained_none": "SimCLR start, no filter",
+    "pretrained_prism_avg": "SimCLR start, PRISM AvgSim",
+    "pretrained_known_clean": "SimCLR start, known clean",
 }
-UNFILTERED = ("none", "known_clean", "cross_entropy", "combined")
+UNFILTERED = ("none", "known_clean", "cross_entropy", "combined", "pretrained_none", "pretrained_known_clean")
 #: run unless --methods says otherwise
-USUAL = tuple(method for method in METHODS if method != "combined_prism")
+USUAL = tuple(m for m in METHODS if m != "combined_prism" and not m.startswith("pretrained"))
 SOFTMAX_ONLY = ("cross_entropy", "frozen", "bare", "small_loss")
 BOTH_LOSSES = ("combined", "combined_prism", "consensus")
 
@@ -151,7 +154,7 @@ def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
         found.append({"class_path": "TSINT", "init_args": {**told, "teacher_momentum": 0.99}})
     elif method == "small_loss":
         found.append({"class_path": "SmallLoss", "init_args": {**told, "ramp_epochs": setting.ramp}})
-    elif method == "known_clean":
+    elif method.endswith("known_clean"):
         found.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
     elif method in ("bare", "consensus"):
         found.append(
@@ -172,6 +175,10 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
         loss = {"class_path": "CombinedLoss", "init_args": both}
     elif method not in SOFTMAX_ONLY:
         loss = {}
+    if method.startswith("pretrained"):
+        # of ssl_table.py --settings caltech101 --methods simclr --seeds 0, beside this table's runs
+        start = folder.parents[3] / "ssl_table/caltech101/simclr/seed0/pretrain/checkpoints/last.ckpt"
+        extra.append(f"--model.init_args.backbone_ckpt={start}")
     if loss:
         extra += [
             "--model.init_args.loss=" + json.dumps(loss),

@@ -7,18 +7,23 @@ time between synchronisations. Memory is the peak during one call above that bef
 
 from __future__ import annotations
 
+import copy
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrml.losses import MoCHiLoss, NTXentLoss, sinkhorn
+from lightning_nrml.memory import FeatureQueue
+from lightning_nrml.modules import SimCLR
+from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
 
 pytestmark = pytest.mark.benchmark
 DIM = 128
@@ -168,3 +173,83 @@ def test_sinkhorn(device):
         device,
         21,
     )
+
+
+class ByHand(L.Callback):
+    """After each step of the trainer, takes the same step in a plain loop; times both."""
+
+    def __init__(self, module: SimCLR, batches: list[dict[str, object]]) -> None:
+        self.net = torch.nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.projector))
+        self.batches, self.times = batches, ([], [])
+        self.start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        device = pl_module.device
+        self.net.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, len(self.batches))
+        self.start = self.now()
+
+    def now(self) -> float:
+        if next(self.net.parameters()).is_cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        begin = self.now()
+        self.times[0].append(begin - self.start)
+        views = torch.cat(batch["views"]).contiguous(memory_format=torch.channels_last)
+        loss = plain_ntxent(*self.net(views).chunk(2), 0.2)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.start = self.now()
+        self.times[1].append(self.start - begin)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_simclr_step(device, tmp_path):
+    """A step of the whole trainer beside a plain loop over the same net, batches and layout."""
+    g = torch.Generator().manual_seed(0)
+    n, steps = 128, 24
+    batches = [
+        {
+            "image": torch.zeros(n, 1),
+            "views": [torch.randn(n, 3, 48, 48, generator=g) for _ in "ab"],
+            "label": torch.zeros(n, dtype=torch.int64),
+            "index": torch.arange(n),
+        }
+        for _ in range(steps)
+    ]
+    kwargs = {"input_size": 48, "widths": [32, 64, 128, 128]}
+    module = SimCLR(
+        "conv4", kwargs, temperature=0.2, projector_dim=64, channels_last=True,
+        optimizer=OptimizerConfig("adam", 1e-3, 1e-4), schedule=ScheduleConfig("cosine", 0),
+    )  # fmt: skip
+    watch = ByHand(module, batches)
+    L.Trainer(
+        max_epochs=1, accelerator=device, devices=1, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[watch],
+    ).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # fmt: skip
+    ours, plain = (statistics.median(t[4:]) for t in watch.times)
+    print(
+        f"\n{device} SimCLR step, batch {n}, 48 px: {ours * 1e3:.1f} ms; plain loop {plain * 1e3:.1f} ms; "
+        f"ratio {ours / plain:.3f}"
+    )
+    assert ours / plain < 1.05
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_enqueue_does_not_depend_on_the_size(device):
+    z = F.normalize(torch.randn(256, DIM), dim=1).to(device)
+    queues = [FeatureQueue(size, DIM, with_label=False).to(device) for size in (4096, 65536)]
+    for _ in range(20):  # touch all pages
+        queues[0].enqueue(z)
+    for _ in range(300):
+        queues[1].enqueue(z)
+    times = [[seconds(lambda q=q: q.enqueue(z), device) for q in queues] for _ in range(300)]
+    small, large = (statistics.median(t) for t in zip(*times, strict=True))
+    print(f"\n{device} enqueue 256 rows: into 4,096 {small * 1e6:.0f} us, into 65,536 {large * 1e6:.0f} us")
+    assert large < 2 * small

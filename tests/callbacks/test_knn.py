@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_nrml.callbacks import OnlineKNN
-from lightning_nrml.callbacks.embedding import evaluating
 from lightning_nrml.data import DigitsDataModule, NoiseConfig
 from lightning_nrml.metrics import KNNClassifier
+from lightning_nrml.modules.full_pass import evaluating
 
 
 def embed_all(net, data, loader):

@@ -162,6 +162,69 @@ def test_rcml_flips_images(rate, images, each, share):
     assert round(100 * flips.sum() / target.size, 1) == share
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 1.0])
+def test_scores_equal_the_two_thresholds_written_out(rate):
+    target = stand_in()
+    scores = np.random.default_rng(3).normal(size=target.shape) + target
+    got = noise.multilabel_scores(torch.as_tensor(target), torch.as_tensor(scores, dtype=torch.float64), rate)
+    positive = sorted(scores[i, c] for i, c in np.argwhere(target == 1))
+    place = rate * (len(positive) - 1)
+
+    def quantile(at: float) -> float:
+        low = int(at)
+        high = min(low + 1, len(positive) - 1)
+        return positive[low] + (at - low) * (positive[high] - positive[low])
+
+    low, high = quantile(place), quantile(len(positive) - 1 - place)
+    want = np.array(target)
+    for i, c in np.ndindex(*target.shape):
+        if target[i, c] == 1 and scores[i, c] < low:
+            want[i, c] = 0
+        if target[i, c] == 0 and scores[i, c] > high and rate > 0:
+            want[i, c] = 1
+    assert np.array_equal(got.label, want)
+    assert np.array_equal(got.is_noise, want != target)
+    lost = (got.is_noise & (target == 1)).sum()
+    assert abs(lost - rate * sum(SIZES)) <= 1, "by construction that share of the positives goes"
+
+
+def test_scores_look_alike_images_get_the_label():
+    target = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]])
+    scores = np.array([[9.0, 0.0], [1.0, 0.0], [8.0, 5.0], [0.0, 6.0], [0.0, 7.0]])
+    got = noise.multilabel_scores(target, scores, 0.3)  # thresholds 5.2 and 6.8 over 9 1 5 6 7
+    assert got.label.tolist() == [[1, 0], [0, 0], [1, 0], [0, 1], [0, 1]]
+    scores[4, 0] = 99.0  # above all positives
+    assert not noise.multilabel_scores(target, scores, 0.0).is_noise.any()
+    scores[4, 0] = 0.0
+    only = noise.multilabel_scores(target, scores, 0.3, additive_rate=0.0)
+    assert only.label.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
+    config = NoiseConfig("scores", 0.0, additive_rate=0.3, scores="x.npy")
+    assert apply_multilabel_noise(target, config, scores=scores).label.tolist() == [
+        [1, 0],
+        [1, 0],
+        [1, 1],
+        [0, 1],
+        [0, 1],
+    ]
+
+
+def test_rates_by_name_of_the_label():
+    target, names = stand_in(), [f"label {c}" for c in range(L)]
+    config = NoiseConfig("mixed", 0.2, 5, class_rates={"label 3": 0.6}, class_additive_rates={"label 1": 0.4})
+    got = apply_multilabel_noise(target, config, names)
+    lost, extra = ((got.is_noise & (target == v)).sum(0).tolist() for v in (1, 0))
+    assert lost == [*FLIPS[0.2][:3], FLIPS[0.6][3], *FLIPS[0.2][4:]]
+    assert extra == [FLIPS[0.2][0], FLIPS[0.4][1], FLIPS[0.2][2], FLIPS[0.6][3], *FLIPS[0.2][4:]]
+    config = NoiseConfig("mixed", 0.2, 5, additive_rate=0.0, class_rates={"label 3": 0.6})
+    got = apply_multilabel_noise(target, config, names)
+    assert (got.is_noise & (target == 1)).sum(0).tolist() == lost
+    assert not (got.is_noise & (target == 0)).any()
+    added = apply_multilabel_noise(target, NoiseConfig("additive", 0.0, class_rates={"label 0": 0.4}), names)
+    assert (added.label - target).sum(0).tolist() == [FLIPS[0.4][0]] + [0] * (L - 1)
+    with pytest.raises(ValueError, match="there is no label 'sea'; the labels are label 0"):
+        apply_multilabel_noise(target, NoiseConfig("mixed", class_rates={"sea": 0.1}), names)
+
+
 def test_config_reaches_every_kind():
     target = stand_in()
     for kind in KINDS:
@@ -186,7 +249,16 @@ def test_errors_name_the_culprit():
         lambda: noise.multilabel([["a"]]): "dtype",
         lambda: apply_multilabel_noise(stand_in(), NoiseConfig("symmetric", 0.5)): "several labels per ",
         lambda: apply_noise([0, 1], NoiseConfig("additive", 0.5), 2): "one class per sample",
-        lambda: NoiseConfig("additive", 0.5, additive_rate=0.1): "needs noise.kind 'mixed'",
+        lambda: NoiseConfig("additive", 0.5, additive_rate=0.1): "needs noise.kind 'mixed' or 'scores'",
+        lambda: NoiseConfig(
+            "uniform", 0.5, class_rates={"a": 0.1}
+        ): "class_rates needs noise.kind 'subtractive'",
+        lambda: NoiseConfig("mixed", 0.5, class_rates={"sea": 1.1}): "class_rates, 'sea' must lie",
+        lambda: NoiseConfig("scores", 0.5): "needs noise.scores",
+        lambda: NoiseConfig("mixed", 0.5, scores="a.npy"): "noise.scores needs noise.kind 'scores'",
+        lambda: noise.multilabel_scores(stand_in(), np.zeros((3, L)), 0.1): r"\(1285, 17\), got \(3, 17\)",
+        lambda: noise.multilabel_scores(stand_in(), np.full((N, L), np.inf), 0.1): "sample 0, label 0 is inf",
+        lambda: noise.multilabel_scores(np.zeros((2, 2)), np.zeros((2, 2)), 0.1): "no label is positive",
     }.items():
         with pytest.raises(ValueError, match=words):
             call()

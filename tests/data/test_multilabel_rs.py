@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lightning_nrml.data import MultiLabelRSDataModule, NoiseConfig
-from lightning_nrml.data.multilabel_noise import multilabel
+from lightning_nrml.data.multilabel_noise import multilabel, multilabel_scores
 from lightning_nrml.data.raster import RasterSource, band_statistics
 from lightning_nrml.data.sources import BadImageError, MemorySource
 
@@ -157,6 +157,37 @@ def test_noise_from_a_table(tmp_path):
     frame.rename(columns={"water": "sea"}).to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(ValueError, match="other labels than the data set: sea, water"):
         module(tmp_path, noise=str(tmp_path / "other.csv")).num_classes
+
+
+def test_noise_by_scores_and_by_label(tmp_path):
+    make(tmp_path)
+    clean = labels()[:12]
+    scores = np.random.default_rng(5).normal(size=(12, 3)) + clean
+    want = multilabel_scores(clean, scores, 0.25).label
+    assert (want != clean).any()
+    np.save(tmp_path / "scores.npy", scores)
+    config = NoiseConfig("scores", 0.25, scores=str(tmp_path / "scores.npy"))
+    assert module(tmp_path, noise=config).train_label.tolist() == want.tolist()
+    rows = {"image": [f"scene{i:02d}" for i in range(12)], **dict(zip(NAMES, scores.T, strict=True))}
+    frame = pd.DataFrame(rows)[["image", "water", "trees", "field"]]
+    frame[::-1].to_parquet(tmp_path / "scores.parquet")  # other orders
+    config = NoiseConfig("scores", 0.25, scores=str(tmp_path / "scores.parquet"))
+    assert module(tmp_path, noise=config).train_label.tolist() == want.tolist()
+    drained = module(tmp_path, noise=NoiseConfig("subtractive", 0.0, class_rates={"trees": 1.0}))
+    assert drained.train_label.sum(0).tolist() == [clean[:, 0].sum(), 0, clean[:, 2].sum()]
+    (tmp_path / "bad.npy").write_text("no array")
+    np.save(tmp_path / "short.npy", scores[1:])
+    frame[2:].to_csv(tmp_path / "short.csv", index=False)
+    frame.drop(columns="trees").to_csv(tmp_path / "less.csv", index=False)
+    for name, error, words in (
+        ("none.npy", FileNotFoundError, "no file .*none.npy of scores"),
+        ("bad.npy", ValueError, "bad.npy cannot be read as an array"),
+        ("short.npy", ValueError, r"short.npy has shape \(11, 3\), but there are 12 train images"),
+        ("short.csv", ValueError, "short.csv has no row for 2 of 12 train images, the first is 'scene00'"),
+        ("less.csv", ValueError, "less.csv has no column 'trees'"),
+    ):
+        with pytest.raises(error, match=words):
+            module(tmp_path, noise=NoiseConfig("scores", 0.1, scores=str(tmp_path / name))).num_classes
 
 
 def test_statistics_and_default_views(tmp_path):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from lightning_nrml import distributed
+from lightning_nrml.filters import MultiLabelPRISM
+from lightning_nrml.filters.chain import gathered_context
 from lightning_nrml.losses import (
     MultiLabelASLLoss,
     MultiLabelBCELoss,
@@ -17,7 +19,8 @@ from lightning_nrml.losses import (
     MultiLabelSATLoss,
     RCMLLoss,
 )
-from lightning_nrml.metrics import MultiLabelMetrics, multilabel_metrics
+from lightning_nrml.memory import LabelLedger
+from lightning_nrml.metrics import FilterQuality, MultiLabelMetrics, multilabel_metrics
 
 SAMPLES, LABELS = 41, 5
 PARTS = {
@@ -132,3 +135,51 @@ def test_losses_of_two_ranks_equal_one_process(gloo_pool, name):
             if memory is not None:
                 torch.testing.assert_close(memory, want[2], equal_nan=True)
                 assert (memory.nan_to_num(0) != 0).any()
+
+
+# ---- filter, ledger and quality of labels -----------------------------------------------------------
+
+BATCH, STEPS = 24, 8
+
+
+def filtered() -> list[Any]:
+    """MultiLabelPRISM, ledger and quality on this rank's part (unequal parts) of the same batches."""
+    g = torch.Generator().manual_seed(0)
+    samples, dim, world = 60, 6, distributed.world_size()
+    clean = (torch.rand(samples, LABELS, generator=g) < 0.4).long()
+    given = clean ^ (torch.rand(samples, LABELS, generator=g) < 0.2)
+    direction = torch.randn(LABELS, dim, generator=g)
+    part = MultiLabelPRISM(LABELS, dim, samples, warmup_steps=3, memory_size=40)
+    ledger, quality, own = LabelLedger(samples, LABELS), FilterQuality(LABELS), []
+    for step in range(STEPS):
+        index = torch.randint(0, samples, (BATCH,), generator=g)  # with repeats, also over ranks
+        z = clean[index].float() @ direction + 0.5 * torch.randn(BATCH, dim, generator=g)
+        logits = z @ direction.T
+        cut = 5 + step
+        mine = slice(None) if world == 1 else (slice(0, cut), slice(cut, BATCH))[distributed.rank()]
+        local = index[mine]
+        whole, rows = gathered_context(
+            embedding=z[mine], label=given[local], index=local, logits=logits[mine], step=step
+        )
+        selection = part.select(whole)
+        part.update(whole, selection)
+        ledger.record(whole.index, selection.weight, selection.score)
+        chosen = selection.rows(rows)
+        quality.update(chosen.weight >= 0.5, given[local] != clean[local], chosen.score, given[local])
+        own.append(chosen.weight)
+    state = {**part.state_dict(), **ledger.state_dict(prefix="ledger.")}
+    return [own, {k: v.clone() for k, v in state.items()}, quality.compute()]
+
+
+def test_label_weights_of_two_ranks_equal_one_process(gloo_pool):
+    weights, state, quality = filtered()
+    assert 0 < sum(int((w < 0.5).sum()) for w in weights) < BATCH * LABELS * STEPS / 2
+    zero, one = gloo_pool.run(filtered)
+    for step, weight in enumerate(weights):
+        assert torch.equal(torch.cat([zero[0][step], one[0][step]]), weight)
+    for got in (zero, one):
+        assert got[1].keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(value.nan_to_num(9), got[1][name].nan_to_num(9)), name
+        assert got[2] == pytest.approx(quality, nan_ok=True)
+    assert quality["extra_recall"] > 0

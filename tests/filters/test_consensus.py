@@ -133,6 +133,38 @@ def test_evidence_is_a_running_mean_without_start_bias():
     assert all((x.abs() <= 3 + 1e-4).all() for x in opinions)
 
 
+@pytest.mark.parametrize("skill", [0.0, 1.0])
+def test_opinion_is_a_mean_weighted_by_agreement(skill):
+    part = Consensus(10, 16, 600, warmup_steps=10)
+    draw, given, _, g = clusters(0.3)
+
+    def context(i):
+        logits = torch.randn(len(i), 10, generator=g) + 4 * skill * F.one_hot(given[i], 10)
+        return FilterContext(draw(i), given[i], i, logits=logits)
+
+    for t in range(40):
+        i = torch.arange(64 * t, 64 * t + 64) % 500
+        ctx = context(i)
+        part.update(ctx, part.select(ctx))
+    i = torch.arange(520, 580)  # never seen: their evidence is the opinion
+    ctx, before = context(i), copy.deepcopy(part)
+    part.update(ctx, part.select(ctx))
+    rows, _, _ = before.bank.unit_rows(ctx.embedding, ctx.label)
+    z, agreement = [], []
+    for k, table in enumerate([before._memory_scores(rows, i, given[i]), ctx.logits]):
+        log_prob = table.double().log_softmax(dim=1)[torch.arange(60), given[i]]
+        odds = log_prob - torch.log1p(-log_prob.exp())
+        mean = 0.95 * before.opinion_mean[k] + 0.05 * odds.mean()
+        var = 0.95 * before.opinion_var[k] + 0.05 * odds.var()
+        z.append(((odds - mean) / var.sqrt()).clamp(-3, 3))
+        agreement.append(0.95 * before.agreement[k] + 0.05 * (table.argmax(1) == given[i]).double().mean())
+    weight = min(1.0, float((agreement[1] + 1e-3) / (agreement[0] + 1e-3))) ** 2
+    assert weight < 0.1 if skill == 0 else weight == 1
+    torch.testing.assert_close(
+        part.evidence[i].double(), (z[0] + weight * z[1]) / (1 + weight), rtol=0, atol=2e-3
+    )
+
+
 def test_histogram_holds_the_evidence_on_record_once():
     part = Consensus(10, 16, 600, warmup_steps=5)
     run(part, 0.4, steps=60)  # samples come back, also twice in one batch
@@ -183,7 +215,7 @@ def test_broken_rows_are_dropped_and_leave_no_trace():
     assert part.evidence[3:5].isnan().all()
     assert (part.bank.memory_label[3:5] == -1).all()
     for name, value in part.named_buffers():
-        if name not in ("evidence", "opinion_mean", "opinion_var"):
+        if name not in ("evidence", "opinion_mean", "opinion_var", "agreement"):
             assert value.isfinite().all() if value.is_floating_point() else True, name
     assert part.opinion_mean.isfinite().all()
 
@@ -305,13 +337,23 @@ def test_groups_follow_values_that_move():
     assert torch.equal(groups.counts, other.counts)
 
 
-def test_one_group_is_all_clean():
-    groups = TwoGroups()
-    x = torch.zeros(100)
-    groups.replace(torch.full_like(x, torch.nan), x, torch.ones(100, dtype=torch.bool))
-    for _ in range(50):
-        groups.fit(torch.tensor(False))
-    groups.mean.fill_(0.0)
+def test_one_group_is_all_clean_until_there_are_two():
+    groups, g = TwoGroups(), torch.Generator().manual_seed(0)
+    everyone, no = torch.ones(4000, dtype=torch.bool), torch.tensor(False)
+    one = 0.4 * torch.randn(4000, generator=g)
+    two = torch.where(torch.arange(4000) < 1000, one - 1, one + 0.5)
+    groups.replace(torch.full_like(one, torch.nan), one, everyone)
+    for _ in range(60):
+        groups.fit(no)
     assert float(groups.low_share()) == 0
-    assert (groups.log_odds(x) > 0).all()
+    odds = groups.log_odds(torch.linspace(-3, 3, 50))
+    assert (odds > 0).all()
+    assert (odds.diff() > 0).all()  # a ranking all the same
     assert groups.log_odds(torch.tensor([torch.nan])).isnan().all()
+    groups.fit(no, insist=torch.tensor(True))
+    assert float(groups.low_share()) > 0
+    assert float(groups.log_odds(torch.tensor(-3.0))) < 0
+    groups.replace(one, two, everyone)
+    for _ in range(60):
+        groups.fit(no)
+    assert float(groups.low_share()) == pytest.approx(0.25, abs=0.02)

@@ -124,3 +124,49 @@ def test_metric_accumulates_and_resets():
     got = metric.compute()
     assert got["precision"] == filter_quality(keep, noise)["precision"]
     assert math.isnan(got["auroc"])
+
+
+def label_case(n=200, labels=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    given = (torch.rand(n, labels, generator=g) < torch.tensor([0.5, 0.2, 0.1, 0.0])[:labels]).long()
+    noise = torch.rand(n, labels, generator=g) < 0.3
+    score = torch.randn(n, labels, generator=g) - 2 * noise
+    score[::7] = torch.nan
+    return score > -1.5, noise, score, given
+
+
+def test_per_label_counts_equal_a_loop():
+    keep, noise, score, given = label_case()
+    metric = FilterQuality(4)
+    for rows in torch.arange(200).split(33):
+        metric.update(keep[rows], noise[rows], score[rows], given[rows])
+    got, table = metric.compute(), metric.per_label()
+    flat = filter_quality(keep, noise, score)
+    assert {k: got[k] for k in flat} == pytest.approx(flat)
+    for value, kind in enumerate(("missing", "extra")):
+        own = given == value
+        caught, dropped, wrong = (~keep & noise & own), (~keep & own), (noise & own)
+        assert got[f"{kind}_precision"] == pytest.approx(float(caught.sum() / dropped.sum()))
+        assert got[f"{kind}_recall"] == pytest.approx(float(caught.sum() / wrong.sum()))
+        known = own & ~score.isnan()
+        want = roc_auc_score(~noise[known], score[known])
+        assert got[f"{kind}_auroc"] == pytest.approx(want, abs=1e-9)
+        for c in range(4):
+            for key, whole in (("precision", dropped), ("recall", wrong)):
+                found = float(table[f"{kind}_{key}"][c])
+                count = int(whole[:, c].sum())
+                assert (
+                    math.isnan(found)
+                    if not count
+                    else found == pytest.approx(int(caught[:, c].sum()) / count)
+                )
+    assert math.isnan(float(table["extra_recall"][3]))  # nobody has the last label
+    metric.reset()
+    assert int(metric.label_counts.sum()) == 0
+
+
+def test_per_label_needs_the_given_labels():
+    keep, noise, score, given = label_case()
+    for label in (None, given[:, :2]):
+        with pytest.raises(ValueError, match=r"FilterQuality\(num_labels=4\) needs"):
+            FilterQuality(4).update(keep, noise, score, label)

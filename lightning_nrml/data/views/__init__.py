@@ -6,6 +6,16 @@ classes under the names that read well in Python.
 
 from lightning_nrml.data.views.base import ViewOp, Views
 from lightning_nrml.data.views.color import BandJitter, ColorJitter, GaussianBlur, Grayscale, Solarize
+from lightning_nrml.data.views.contrastive import (
+    BYOLViews,
+    MoCoViews,
+    MultiCropViews,
+    SimCLRViews,
+    byol_views,
+    moco_views,
+    multicrop_views,
+    simclr_views,
+)
 from lightning_nrml.data.views.geometry import (
     HorizontalFlip,
     RandomAffine,
@@ -16,20 +26,12 @@ from lightning_nrml.data.views.geometry import (
 )
 from lightning_nrml.data.views.library import KorniaOp
 from lightning_nrml.data.views.recipes import (
-    BYOLViews,
     EACViews,
     EvalView,
     InsCLRViews,
     MetricView,
-    MoCoViews,
-    MultiCropViews,
-    SimCLRViews,
-    byol_views,
     eval_view,
     metric_view,
-    moco_views,
-    multicrop_views,
-    simclr_views,
 )
 from lightning_nrml.data.views.rng import Draws, ViewKey, counter_uniform
 
