@@ -33,8 +33,8 @@ class EAC(EmbeddingModule):
         backbone: see :class:`EmbeddingModule`, as are all arguments not listed here; it must give feature
             maps ``(B, D, h, w)``, as ResNets and ``conv4`` do.
         num_classes: number of classes L (linked to the data by the command line).
-        lam: weight of the consistency; 5 in the paper, for a pretrained ResNet. It belongs to the scale of the
-            features: small nets from random weights want less (0.5), or they do not learn.
+        lam: weight of the consistency; 5 in the paper, for a pretrained ResNet. It belongs to the scale of
+            the features: small nets from random weights want less (0.5), or they do not learn.
 
     Raises:
         ValueError: ``num_classes`` is missing or below 2, or the backbone gives no feature maps.
@@ -63,7 +63,8 @@ class EAC(EmbeddingModule):
         """As the base; what is compiled is the pass that this method uses."""
         super().setup(stage)
         if self.compile_backbone and stage == "fit":
-            self.backbone.forward_features = torch.compile(self.backbone.forward_features)  # type: ignore[operator, assignment]
+            backbone: Any = self.backbone
+            backbone.forward_features = torch.compile(backbone.forward_features)
 
     def maps(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, D, h, w)`` features before pooling."""
@@ -105,7 +106,7 @@ class EAC(EmbeddingModule):
 
     def _as_weights(self, view: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.preserve_format
-        return view.to(dtype=self.dtype, memory_format=layout)
+        return view.to(dtype=self.dtype, memory_format=layout)  # type: ignore[arg-type]
 
     # ---- evaluation -----------------------------------------------------------------------------
 
