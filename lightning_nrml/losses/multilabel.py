@@ -146,13 +146,14 @@ def bce_entries(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def keep_smallest(value: Tensor, valid: Tensor, rate: float) -> Tensor:
+def keep_smallest(value: Tensor, valid: Tensor, rate: float, upwards: bool = False) -> Tensor:
     """Which values are among the smallest over all ranks; of equal ones the first.
 
     Args:
         value: ``(M,)`` of this rank; all ranks give equally many.
         valid: ``(M,)`` bool, those that may be chosen.
         rate: share in [0, 1] of the valid values of all ranks; ``int(rate * n)`` are kept, at least one.
+        upwards: keep ``ceil(rate * n)`` instead, which may be none.
 
     Returns:
         ``(M,)`` bool.
@@ -161,7 +162,8 @@ def keep_smallest(value: Tensor, valid: Tensor, rate: float) -> Tensor:
     order = torch.where(allowed, values, torch.inf).argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
+    share = rate * allowed.sum().double()
     # the small number mends (1 - .9) * 10 = .99...
-    count = (rate * allowed.sum().double() + 1e-9).floor().clamp(min=1)
+    count = (share - 1e-9).ceil() if upwards else (share + 1e-9).floor().clamp(min=1)
     start = distributed.rank() * len(value)
     return (place < count)[start : start + len(value)] & valid

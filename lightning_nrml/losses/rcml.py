@@ -65,6 +65,34 @@ def group_lasso(
     return GroupLasso(error, missing, extra, suspect)
 
 
+@torch.no_grad()
+def flip_suspects(first: GroupLasso, second: GroupLasso, label: Tensor, rate: float) -> Tensor:
+    """Turn the label that both networks suspect, in the samples that contradict their labels most.
+
+    Of the ``n`` samples (of all ranks) in which both suspect the same label, ``ceil(rate * n)`` with the
+    highest mean error are chosen, and this one label is turned in each. Samples that no network finds
+    anything wrong with are not among them.
+
+    Source: the flipping module of CCML, version 1 of arXiv 2012.10715.
+
+    Args:
+        first, second: of the two networks.
+        label: ``(B, L)`` given labels, 0 or 1.
+        rate: in [0, 1].
+
+    Returns:
+        ``(B, L)`` labels of the same type.
+    """
+    column = first.suspect.unsqueeze(1)
+    nothing = 2 * _EPSILON**0.5
+    agreed = first.suspect == second.suspect
+    for net in (first, second):
+        agreed = agreed & (torch.maximum(net.missing, net.extra).gather(1, column).squeeze(1) > nothing)
+    chosen = keep_smallest(-(first.error + second.error) / 2, agreed, rate, upwards=True)
+    turned = label.scatter(1, column, 1 - label.gather(1, column))
+    return torch.where(chosen.unsqueeze(1), turned, label)
+
+
 def mmd(x: Tensor, y: Tensor, sigma: float = 10000.0, kept: Tensor | None = None) -> Tensor:
     """Squared maximum mean discrepancy (biased) of two sets of rows, kernel ``exp(-|a - b|^2 / sigma)``.
 
@@ -164,6 +192,7 @@ class RCMLLoss(nn.Module):
         features_2: Tensor | None = None,
         keep_rate: float = 0.6,
         weight: Tensor | None = None,
+        flip_rate: float = 0.0,
     ) -> Tensor:
         """The sum of the two losses; its gradients are those of each network's own loss.
 
@@ -174,8 +203,12 @@ class RCMLLoss(nn.Module):
             keep_rate: share of the batch that is kept, in [0, 1].
             weight: ``(B, L)`` or ``(B,)`` in [0, 1]; labels of weight 0 count neither in the ranking nor in
                 the loss, and samples that have no others are left out altogether.
+            flip_rate: share in [0, 1] of the samples with a common suspect in which this label is turned, see
+                :func:`flip_suspects`; ranking and BCE are those of the turned labels. 0 = the method as
+                published in the journal.
         """
-        return self.terms(logits_1, logits_2, label, features_1, features_2, keep_rate, weight)["loss"]
+        options = {"keep_rate": keep_rate, "weight": weight, "flip_rate": flip_rate}
+        return self.terms(logits_1, logits_2, label, features_1, features_2, **options)["loss"]  # type: ignore[arg-type]
 
     def terms(
         self,
@@ -186,16 +219,21 @@ class RCMLLoss(nn.Module):
         features_2: Tensor | None = None,
         keep_rate: float = 0.6,
         weight: Tensor | None = None,
+        flip_rate: float = 0.0,
     ) -> dict[str, Tensor]:
         """``loss`` of :meth:`forward` and its parts without gradient.
 
         ``loss_1``, ``loss_2``, ``consistency``, ``disparity`` (weighted), and ``(B,)`` bool ``kept_1``,
-        ``kept_2``, the samples that each network was trained on.
+        ``kept_2``, the samples that each network was trained on, and ``flipped``, the number of labels that
+        were turned (of this rank).
         """
         with full_precision(logits_1):
             z1, y, w = prepare_entries(logits_1, label, weight)
             z2, _, _ = prepare_entries(logits_2, label, weight)
             row = (w > 0).any(dim=1)
+            given = y
+            if flip_rate:
+                y = flip_suspects(self._ranked(z1, y, w), self._ranked(z2, y, w), y, flip_rate)
             chosen = [self._chosen(z, y, w, row, keep_rate) for z in (z1, z2)]
             kept_2, kept_1 = chosen if self.swap else chosen[::-1]
             bce_1, bce_2 = (_kept_bce(z, y, w, k) for z, k in ((z1, kept_1), (z2, kept_2)))
@@ -212,12 +250,15 @@ class RCMLLoss(nn.Module):
                 "disparity": disparity.detach(),
                 "kept_1": kept_1,
                 "kept_2": kept_2,
+                "flipped": (y != given).sum(),
             }
 
     def _chosen(self, z: Tensor, label: Tensor, weight: Tensor, row: Tensor, rate: float) -> Tensor:
         """``(B,)`` bool, the samples that the network of these logits trusts."""
-        ranking = group_lasso(z.detach().sigmoid(), label, self.alpha, self.beta, weight > 0)
-        return keep_smallest(ranking.error, row, rate)
+        return keep_smallest(self._ranked(z, label, weight).error, row, rate)
+
+    def _ranked(self, z: Tensor, label: Tensor, weight: Tensor) -> GroupLasso:
+        return group_lasso(z.detach().sigmoid(), label, self.alpha, self.beta, weight > 0)
 
     def _discrepancy(self, factor: float, x: Tensor | None, y: Tensor | None, row: Tensor) -> Tensor:
         """Weighted MMD over the rows of all ranks; every rank computes the whole."""

@@ -22,8 +22,8 @@ class RCML(TwoNetworks):
 
     Source: Aksoy, Ravanbakhsh, Demir, "Multi-Label Noise Robust Collaborative Learning for Remote Sensing
     Image Classification", IEEE TNNLS 2022, arXiv 2012.10715; see
-    :class:`~lightning_nrml.losses.RCMLLoss`. The flipping of labels of the earlier version (CCML) is not
-    part of it.
+    :class:`~lightning_nrml.losses.RCMLLoss`. ``flip_rate`` adds the flipping of labels of the earlier version
+    (CCML); then ``train/flipped`` tells how many labels of a batch were turned.
 
     Args:
         backbone: see :class:`TwoNetworks`, as are all arguments not listed here.
@@ -31,10 +31,13 @@ class RCML(TwoNetworks):
             :func:`~lightning_nrml.losses.rcml.keep_rate`.
         feature_layer: part of the backbone whose output is the early feature, such as ``layer1``; default:
             the second stage that timm lists, which in a ResNet is ``layer1``.
+        flip_rate: share of the samples in which both networks suspect the same label that get it turned, in
+            [0, 1], see :func:`~lightning_nrml.losses.rcml.flip_suspects`; 0 = never.
+        flip_start: first epoch in which labels are turned.
         alpha, beta, disparity_weight, consistency_weight, sigma, swap: see the loss.
 
     Raises:
-        ValueError: a keep rate is outside (0, 1], or there is no such layer.
+        ValueError: a keep rate is outside (0, 1], ``flip_rate`` outside [0, 1], or there is no such layer.
     """
 
     def __init__(
@@ -53,14 +56,22 @@ class RCML(TwoNetworks):
         consistency_weight: float = 0.1,
         sigma: float = 10000.0,
         swap: bool = True,
+        flip_rate: float = 0.0,
+        flip_start: int = 0,
         **kwargs: Any,
     ) -> None:
+        if not 0 <= flip_rate <= 1 or flip_start < 0:
+            raise ValueError(
+                f"flip_rate ({flip_rate}) must lie in [0, 1], and flip_start ({flip_start}) must not be "
+                "negative."
+            )
         for name, value in (("keep_start", keep_start), ("keep_end", keep_end)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {value}.")
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, num_classes, **kwargs)
         self.loss = RCMLLoss(alpha, beta, disparity_weight, consistency_weight, sigma, swap)
         self.keep_start, self.keep_end = keep_start, keep_end
+        self.flip_rate, self.flip_start = flip_rate, flip_start
         self.feature_layer = find_layer(self.backbone, feature_layer) if disparity_weight else None
 
     @property
@@ -81,9 +92,13 @@ class RCML(TwoNetworks):
         features_2, early_2 = with_layer(self.backbone_2, self.feature_layer, batch["image"])
         z1, z2, label = self.classifier(features), self.classifier_2(features_2), batch["label"]
 
+        flip = self.flip_rate if self.current_epoch >= self.flip_start else 0.0
+        logged = ["loss", "loss_1", "loss_2", "consistency", "disparity"]
+        logged += ["flipped"] if self.flip_rate else []
+
         def loss_fn(weight: Tensor | None) -> dict[str, Tensor]:
-            parts = self.loss.terms(z1, z2, label, early, early_2, self.keep_rate, weight)
-            return {k: parts[k] for k in ("loss", "loss_1", "loss_2", "consistency", "disparity")}
+            parts = self.loss.terms(z1, z2, label, early, early_2, self.keep_rate, weight, flip)
+            return {k: parts[k] for k in logged}
 
         return StepOutput(features, label, batch["index"], logits=(z1 + z2) / 2, loss_fn=loss_fn)
 

@@ -83,6 +83,7 @@ class Nets(nn.Module):
             "jocor": lambda: MultiLabelJoCoRLoss(0.3, 0.4),
             "jocor-entry": lambda: MultiLabelJoCoRLoss(0.3, 0.4, choose="entry"),
             "rcml": lambda: RCMLLoss(sigma=4.0),
+            "rcml-flip": lambda: RCMLLoss(sigma=4.0),
         }[name]()
 
     def forward(self, x: torch.Tensor, label: torch.Tensor, index: torch.Tensor, w: Any) -> torch.Tensor:
@@ -91,6 +92,8 @@ class Nets(nn.Module):
             return self.loss(a, b, label, w)
         if self.name == "rcml":
             return self.loss(a, b, label, a.sin(), b.sin(), 0.5, w)
+        if self.name == "rcml-flip":
+            return self.loss(a, a + 0.2 * b, label, None, None, 0.8, w, 0.5)
         return self.loss(a + b, label, index, w)
 
 
@@ -124,7 +127,7 @@ def train_all(name: str) -> list[Any]:
     return [train(name, w, slice(start, start + ROWS)) for w in WEIGHTS.values()]
 
 
-@pytest.mark.parametrize("name", ["bce", "asl", "elr", "sat", "jocor", "jocor-entry", "rcml"])
+@pytest.mark.parametrize("name", ["bce", "asl", "elr", "sat", "jocor", "jocor-entry", "rcml", "rcml-flip"])
 def test_losses_of_two_ranks_equal_one_process(gloo_pool, name):
     wanted = [train(name, w, slice(None)) for w in WEIGHTS.values()]
     assert len({w[0][1] for w in wanted}) == 3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrml.losses import RCMLLoss
-from lightning_nrml.losses.rcml import group_lasso, keep_rate, mmd
+from lightning_nrml.losses.rcml import flip_suspects, group_lasso, keep_rate, mmd
 
 B, L = 8, 4
 
@@ -198,3 +198,41 @@ def test_bad_arguments_are_named():
         RCMLLoss(sigma=0)
     with pytest.raises(ValueError, match="disparity_weight"):
         RCMLLoss(disparity_weight=-1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_flipping_equals_a_loop(rate: float) -> None:
+    z1, z2, label, *_ = batch(4)
+    z2 = z1 + 0.3 * z2  # so that the two often agree
+    nets = [group_lasso(z.sigmoid(), label) for z in (z1, z2)]
+    candidates = []
+    for i in range(B):
+        suspects = [int(n.suspect[i]) for n in nets]
+        found = [
+            max(float(n.missing[i, c]), float(n.extra[i, c])) for n, c in zip(nets, suspects, strict=True)
+        ]
+        if suspects[0] == suspects[1] and min(found) > 2e-5:
+            mean = sum(slow_error(z[i].sigmoid(), label[i], 0.2, 0.8) for z in (z1, z2)) / 2
+            candidates.append((mean, i, suspects[0]))
+    assert 2 < len(candidates) < B  # the first sample has no label at all
+    want = label.clone()
+    for _, i, c in sorted(candidates, reverse=True)[: math.ceil(rate * len(candidates) - 1e-9)]:
+        want[i, c] = 1 - want[i, c]
+    assert torch.equal(flip_suspects(*nets, label, rate), want)
+    parts = RCMLLoss(disparity_weight=0.0).terms(z1, z2, label, keep_rate=1.0, flip_rate=rate)
+    assert int(parts["flipped"]) == int((want != label).sum())
+    plain = RCMLLoss(disparity_weight=0.0).terms(z1, z2, want, keep_rate=1.0)
+    assert float(parts["loss"]) == pytest.approx(float(plain["loss"]))
+
+
+def test_labels_of_weight_zero_are_never_turned() -> None:
+    z1, z2, label, *_ = batch(4)
+    weight = torch.ones(B, L)
+    weight[:, int(group_lasso(z1.sigmoid(), label).suspect[1])] = 0.0
+    loss = RCMLLoss(disparity_weight=0.0, consistency_weight=0.0)
+    turned = 1 - label
+    one, two = (
+        loss(z1, z2, torch.where(weight > 0, label, y), keep_rate=1.0, weight=weight, flip_rate=1.0)
+        for y in (label, turned)
+    )
+    assert float(one) == pytest.approx(float(two))
