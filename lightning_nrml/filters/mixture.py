@@ -11,7 +11,7 @@ _MIN_SHARE, _MAX_SHARE = 0.02, 0.7
 _START = 0.7  # means -0.7 and 0.7, deviation 0.7: about the two halves of standardised values
 _MIN_DEVIATION = 0.05
 _BARELY = 0.01  # log-odds above even
-_MIN_DISTANCE = 1.0  # of the means, in deviations
+_MIN_DISTANCE = 0.25  # of the means, in deviations
 
 
 class TwoGroups(StateModule):
@@ -21,10 +21,9 @@ class TwoGroups(StateModule):
     costs the same for every size of the training set. Equal widths make the probability of the high group
     rise with the value everywhere. The fit is expectation maximisation, one round per step: it follows values
     that drift, and a split that starts as a guess has time to come true, since what it drops no longer
-    teaches the net. Means that want to be closer than one deviation are held apart at that distance, around
-    the mean of all, with equal shares: left alone, the fit would run to an extreme share or to equal means,
-    which it never parts again. Unless the caller insists on two groups, all values are then taken for high,
-    the lowest ones just so.
+    teaches the net. Means that want to be closer than a quarter of the deviation are held apart at that
+    distance, with a low share of one half at most: equal means would never part again. Unless the caller
+    insists on two groups, all values are then taken for high, the lowest ones just so.
 
     Args:
         limit: values are clipped to ``[-limit, limit]``.
@@ -82,8 +81,8 @@ class TwoGroups(StateModule):
         share = (size[0] / total).clamp(_MIN_SHARE, _MAX_SHARE)
         apart = mean[1] - mean[0] >= _MIN_DISTANCE * deviation
         half = deviation * mean.new_tensor([-0.5, 0.5]) * _MIN_DISTANCE
-        mean = torch.where(apart, mean, (weight * self.middle).sum() / total + half)
-        share = torch.where(apart, share, 0.5)
+        mean = torch.where(apart, mean, mean.mean() + half)
+        share = torch.where(apart, share, share.clamp_max(0.5))
         start = self.mean.new_tensor([-_START, _START])
         self.mean.copy_(torch.where(restart, start, mean))
         self.deviation.copy_(torch.where(restart, _START, deviation))

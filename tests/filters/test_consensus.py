@@ -343,7 +343,7 @@ def test_one_group_is_all_clean_until_there_are_two():
     one = 0.4 * torch.randn(4000, generator=g)
     two = torch.where(torch.arange(4000) < 1000, one - 1, one + 0.5)
     groups.replace(torch.full_like(one, torch.nan), one, everyone)
-    for _ in range(60):
+    for _ in range(600):
         groups.fit(no)
     assert float(groups.low_share()) == 0
     odds = groups.log_odds(torch.linspace(-3, 3, 50))
@@ -354,6 +354,6 @@ def test_one_group_is_all_clean_until_there_are_two():
     assert float(groups.low_share()) > 0
     assert float(groups.log_odds(torch.tensor(-3.0))) < 0
     groups.replace(one, two, everyone)
-    for _ in range(60):
+    for _ in range(600):
         groups.fit(no)
     assert float(groups.low_share()) == pytest.approx(0.25, abs=0.02)
