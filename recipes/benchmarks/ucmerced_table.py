@@ -181,9 +181,8 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
     kinds = [k for k in KINDS if any(r["kind"] == k for r in rows)]
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(1.6 + 2.8 * len(kinds), 3.4), squeeze=False, sharey=True
-    )
+    size = (max(7.0, 1.6 + 2.8 * len(kinds)), 3.9)
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True)
     clean = [(0, r["val/map_macro"]) for r in rows if r["method"] == "clean"]
     for axis, kind in zip(axes[0], kinds, strict=True):
         for i, (method, label) in enumerate(METHODS.items()):
@@ -196,7 +195,13 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
             points = clean + own
             rates = sorted({x for x, _ in points})
             means = [statistics.fmean(v for x, v in points if x == rate) for rate in rates]
-            axis.plot(rates, means, color=f"C{i}", linewidth=2.2 if method == "prism" else 1.2, label=label)
+            axis.plot(
+                rates,
+                means,
+                color=f"C{i}",
+                linewidth=2.2 if method == "prism" else 1.2,
+                label=label.partition(" (")[0],
+            )
             axis.plot(*zip(*own, strict=True), ".", color=f"C{i}", markersize=4)
         axis.set_title(f"{kind}: {KINDS[kind]}", fontsize=9)
         axis.set_xlabel("noise rate, % of a class's positives")
@@ -204,8 +209,8 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("mAP macro, clean test labels")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.24, 1, 1))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130, metadata={"Software": None})
     plt.close(figure)

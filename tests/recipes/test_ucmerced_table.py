@@ -1,0 +1,80 @@
+"""The command behind the multi-label table: its grid, arguments, means and pages."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_nrml.cli.check import check_override, load_yaml
+from lightning_nrml.cli.recipes import config_arguments
+
+REPO = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location(
+    "ucmerced_table", REPO / "recipes" / "benchmarks" / "ucmerced_table.py"
+)
+assert spec is not None
+assert spec.loader is not None
+table = importlib.util.module_from_spec(spec)
+sys.modules["ucmerced_table"] = table
+spec.loader.exec_module(table)
+
+
+def test_the_grid_has_every_setting_once_and_the_clean_bound_once_per_seed() -> None:
+    found = table.runs("", list(table.METHODS), [0, 1, 2])
+    assert len(found) == len(set(found)) == 6 * 3 * (len(table.METHODS) - 1) + 3
+    assert sum(job[2] == "clean" for job in found) == 3
+    assert {job[:2] for job in table.runs("mixed_40", ["bce", "clean"], [1])} == {("mixed", 40), ("none", 0)}
+
+
+@pytest.mark.parametrize("method", list(table.METHODS))
+def test_commands_name_real_recipes_and_keys(method: str, tmp_path: Path) -> None:
+    args = table.command("mixed", 40, method, 2, tmp_path, tmp_path / "run")
+    assert {"--data.init_args.noise.rate=0.4", "--data.init_args.noise.seed=2"} <= set(args)
+    (_, config), *_ = config_arguments(args)
+    tree = load_yaml(Path(config))
+    for word in args[1:]:
+        key, _, value = word[2:].partition("=")
+        if key != "config":
+            assert check_override(key, value, tree) is None, word
+
+
+def test_sweep_names_real_recipes_and_keys() -> None:
+    sweep = yaml.safe_load((REPO / "recipes" / "benchmarks" / "ucmerced_sweep.yml").read_text())
+    for config in sweep["parameters"].pop("config")["values"]:
+        tree = load_yaml(REPO / config)
+        for key, values in sweep["parameters"].items():
+            assert check_override(key, str(values["values"][0]), tree) is None, key
+
+
+def test_pages_hold_means_over_seeds(tmp_path: Path) -> None:
+    out, docs = tmp_path / "runs", tmp_path / "docs"
+    docs.mkdir()
+    (docs / "benchmarks.md").write_text("a\n<!-- ucmerced tables -->\nold\n<!-- end ucmerced tables -->\nb\n")
+    for job, value in (
+        (("mixed", 40, "bce", 0), 0.5),
+        (("mixed", 40, "bce", 1), 0.7),
+        (("none", 0, "clean", 0), 0.9),
+    ):
+        folder = table.folder_of(out, job)
+        folder.mkdir(parents=True)
+        last = {"val/map_macro": value, "val/map_micro": value, "val/f1_macro": value, "val/f1_micro": value}
+        (folder / "done.json").write_text(json.dumps({"last": last, "cpu_seconds": 3.0}))
+    table.publish(table.collect(out), docs)
+    page = (docs / "benchmarks.md").read_text()
+    assert "| BCE, no defence | 2 | 0.600 ± 0.141 |" in page
+    assert "| BCE on clean labels (upper bound) | 1 | 0.900 |" in page
+    assert "old" not in page
+    assert page.startswith("a\n")
+    assert page.endswith("b\n")
+    with (docs / "benchmarks" / "ucmerced_runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["kind"], r["method"], r["seed"], r["val/map_macro"]) for r in rows] == [
+        ("mixed", "bce", "0", "0.50000"), ("none", "clean", "0", "0.90000"), ("mixed", "bce", "1", "0.70000"),
+    ]  # fmt: skip
+    assert (docs / "assets" / "ucmerced.png").stat().st_size > 5000
