@@ -20,7 +20,7 @@ _CLIP = 3.0  # standardised opinions beyond this say nothing more
 _STATISTICS_DECAY = 0.95
 _MIN_ROWS = 8  # fewer opinions in a batch do not change the statistics
 _PATIENCE = 4  # warm-ups until all samples may be found clean: weak evidence has no two groups yet
-_NO_SKILL = 1e-3  # agreement below this is none at all
+_ENOUGH = 50  # training samples per class from which the classifier counts as much as the memory
 
 
 class SideClassifier(StateModule):
@@ -79,11 +79,10 @@ class Consensus(NoiseFilter):
 
     Their log-odds have nothing like the same scale, so each judge is standardised by the running mean and
     deviation of its own opinions, and clipped. On natural images with few classes both rank wrong labels
-    about equally well, on many small classes the classifier is far behind. What tells without the truth is
-    the *agreement*, how often a judge's favourite class is the given label: the classifier counts as the
-    squared ratio of its agreement to the memory's, and never more than the memory, which has not seen the
-    sample's own label. The opinion on a sample is the weighted mean of the judges that have one, and the
-    *evidence* the running mean of its opinions: one look at an embedding that still learns is noisy.
+    about equally well; on many small classes the classifier is far behind, so below 50 training samples per
+    class it counts as the square of their share of 50. The opinion on a sample is the weighted mean of the
+    judges that have one, and the *evidence* the running mean of its opinions: one look at an embedding that
+    still learns is noisy.
 
     The evidence of all samples seen so far is split into two groups by a mixture of two normal
     distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
@@ -105,7 +104,8 @@ class Consensus(NoiseFilter):
         bank: :class:`~lightning_nrml.memory.centers.SampleCenters`, the trusted rows.
         side: :class:`SideClassifier`. groups: :class:`TwoGroups`.
         evidence: ``(N,)`` float32, NaN = none. evidence_weight: ``(N,)`` float32 in [0, 1).
-        opinion_mean, opinion_var, agreement: ``(2,)`` float32, of memory and classifier; NaN = none yet.
+        opinion_mean, opinion_var: ``(2,)`` float32, of memory and classifier; NaN = no statistics yet.
+        weights: ``(2,)`` float32, of memory and classifier in an opinion; follows from the sizes.
         steps: 0-d int64, updates so far.
 
     Raises:
@@ -119,7 +119,7 @@ class Consensus(NoiseFilter):
     evidence_weight: Tensor
     opinion_mean: Tensor
     opinion_var: Tensor
-    agreement: Tensor
+    weights: Tensor
     steps: Tensor
 
     def __init__(
@@ -149,7 +149,8 @@ class Consensus(NoiseFilter):
         self.register_buffer("evidence_weight", torch.zeros(num_samples))
         self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
         self.register_buffer("opinion_var", torch.full((2,), torch.nan))
-        self.register_buffer("agreement", torch.full((2,), torch.nan))
+        classifier = min(1.0, num_samples / num_classes / _ENOUGH) ** 2
+        self.register_buffer("weights", torch.tensor([1.0, classifier]), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
 
@@ -189,23 +190,20 @@ class Consensus(NoiseFilter):
             tables = [self._memory_scores(rows, ctx.index, ctx.label), self._classifier_scores(ctx, rows)]
         odds = torch.stack([_log_odds(t, ctx.label) for t in tables])
         odds = torch.where(finite & odds.isfinite(), odds, torch.nan)
-        agrees = torch.stack([t.nan_to_num(-torch.inf).argmax(dim=1) == ctx.label for t in tables])
-        mean, var, agreement = self._statistics(odds, agrees)
+        mean, var = self._statistics(odds)
         opinion = (odds - mean.unsqueeze(1)) / var.clamp_min(1e-12).sqrt().unsqueeze(1)
-        share = self._shares(agreement).unsqueeze(1)
-        opinion = _weighted_mean(opinion.clamp(-_CLIP, _CLIP), share)
+        opinion = _weighted_mean(opinion.clamp(-_CLIP, _CLIP), self.weights.unsqueeze(1))
         weight = self.evidence_weight[ctx.index]
         before = self.evidence[ctx.index].nan_to_num(0.0) * weight
         told = ~opinion.isnan()
         new_weight = torch.where(told, self.smoothing * weight + (1 - self.smoothing), weight)
         evidence = (self.smoothing * before + (1 - self.smoothing) * opinion) / new_weight
-        best = _weighted_mean(torch.stack([_standardised(t) for t in tables]), share.unsqueeze(2))
+        best = _weighted_mean(torch.stack([_standardised(t) for t in tables]), self.weights.view(2, 1, 1))
         return {
             "rows": rows,
             "finite": finite,
             "mean": mean,
             "var": var,
-            "agreement": agreement,
             "evidence": torch.where(told, evidence, self.evidence[ctx.index]),
             "weight": new_weight,
             "suggested": best.nan_to_num(-torch.inf)
@@ -213,27 +211,19 @@ class Consensus(NoiseFilter):
             .masked_fill(~(finite & self.bank.filled.any()), -1),
         }
 
-    def _statistics(self, odds: Tensor, agrees: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Running mean and variance of each judge's log-odds ``(2, B)``, and its agreement, all ``(2,)``.
-
-        This batch is included.
-        """
+    def _statistics(self, odds: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance ``(2,)`` of each judge's log-odds ``(2, B)``, this batch included."""
         there = ~odds.isnan()
         count = there.sum(dim=1)
         mean = odds.nan_to_num(0.0).sum(dim=1) / count.clamp_min(1)
         var = torch.where(there, (odds - mean.unsqueeze(1)) ** 2, 0.0).sum(dim=1) / (count - 1).clamp_min(1)
-        now = torch.stack([mean, var, (agrees & there).sum(dim=1) / count.clamp_min(1)])
-        old = torch.stack([self.opinion_mean, self.opinion_var, self.agreement])
-        decay = torch.where(old.isnan(), 0.0, _STATISTICS_DECAY)
-        new = decay * old.nan_to_num(0.0) + (1 - decay) * now
-        mean, var, agreement = torch.where(count >= _MIN_ROWS, new, old).unbind()
-        return mean, var, agreement
-
-    @staticmethod
-    def _shares(agreement: Tensor) -> Tensor:
-        """``(2,)`` weights of memory (1) and classifier (at most 1) in an opinion."""
-        memory, classifier = (agreement.nan_to_num(0.0) + _NO_SKILL).unbind()
-        return torch.stack([torch.ones_like(memory), (classifier / memory).clamp_max(1.0) ** 2])
+        enough = count >= _MIN_ROWS
+        fresh = self.opinion_mean.isnan()
+        decay = torch.where(fresh, 0.0, _STATISTICS_DECAY)
+        old_mean, old_var = self.opinion_mean.nan_to_num(0.0), self.opinion_var.nan_to_num(0.0)
+        new_mean = torch.where(enough, decay * old_mean + (1 - decay) * mean, self.opinion_mean)
+        new_var = torch.where(enough, decay * old_var + (1 - decay) * var, self.opinion_var)
+        return new_mean, new_var
 
     # -- contract -----------------------------------------------------------------------------------
 
@@ -287,7 +277,6 @@ class Consensus(NoiseFilter):
         judged = last[1] if last is not None and last[0] is ctx else self._judge(ctx)
         self.opinion_mean.copy_(judged["mean"])
         self.opinion_var.copy_(judged["var"])
-        self.agreement.copy_(judged["agreement"])
         final, once = last_of_each(ctx.index)
         evidence, weight = judged["evidence"][final], judged["weight"][final]
         self.groups.replace(self.evidence[ctx.index], evidence, once)
