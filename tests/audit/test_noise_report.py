@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from google.protobuf.message import DecodeError
 from helpers import digits, module, trainer
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -86,6 +88,19 @@ def wandb_records(path: Path) -> Iterator[Any]:
             parts = b""
 
 
+def finished_wandb_records(path: Path) -> list[Any]:
+    """All records, once the last one is on disk: W&B's process may still be writing after ``finish()``."""
+    for _ in range(300):
+        try:
+            records = list(wandb_records(path))
+        except (struct.error, ValueError, DecodeError):  # the end is half written
+            records = []
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise TimeoutError(f"{path} was not finished within 30 seconds")
+
+
 def test_offline_wandb_run_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -98,7 +113,7 @@ def test_offline_wandb_run_can_be_read_back(tmp_path: Path, monkeypatch: pytest.
     logger.experiment.finish()
     stored: dict[str, Path] = {}  # what the run's artifacts hold, and where that lies until it is sent
     logged = {}
-    for record in wandb_records(next(folder.glob("*.wandb"))):
+    for record in finished_wandb_records(next(folder.glob("*.wandb"))):
         stored |= {e.path: Path(e.local_path) for e in record.artifact.manifest.contents}
         logged |= {"/".join(i.nested_key): i.value_json for i in record.history.item}
     table = pd.read_parquet(tmp_path / "audit" / "audit.parquet")
