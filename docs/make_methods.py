@@ -32,6 +32,11 @@ SETTINGS = {
 #: class -> methods of the CSV whose runs measure it, and what tells them apart
 MEASURED = {
     "PRISM": {"prism_avg": "avg", "prism_vmf": "vmf", "prism_vmf_shared": "vmf, one kappa"},
+    "Consensus": {"consensus": "with 0.3 cross-entropy"},
+    "BARE": {"bare": "on cross-entropy"},
+    "SmallLoss": {"small_loss": "on cross-entropy"},
+    "KNNVote": {"knn_vote": "k nearest"},
+    "TSINT": {"tsint": "pairs"},
     "FixedFilter": {"known_clean": "known clean"},
     "MetricLearning": {"none": "no filter"},
     "ContrastiveLoss": {"none": "no filter"},
