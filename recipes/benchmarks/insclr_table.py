@@ -12,17 +12,14 @@ repeated. Results: ``docs/benchmarks/insclr_runs.csv`` (one row per run) and the
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import re
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from runner import REPO, parser, replace_tables, shown, write_csv, write_json
 
 from lightning_nrml.callbacks import RetrievalEvaluator
 from lightning_nrml.data import OmniglotDataModule
@@ -33,7 +30,6 @@ from lightning_nrml.modules import InsCLR, MetricLearning
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
 from lightning_nrml.types import Batch, StepOutput
 
-REPO = Path(__file__).resolve().parents[2]
 AFFINE: dict[str, Any] = {
     "crop_scale": None, "flip": 0.0, "degrees": 15, "scale": (0.85, 1.15), "shear": 0.15, "translate": 0.12,
     "mean": (0.078,), "std": (0.225,),
@@ -124,13 +120,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| method | steps | learning rate | seeds | Recall@1 | MAP@R |", "|---|---|---|---|---|---|"]
     for key in dict.fromkeys((r["method"], r["steps"], r["lr"]) for r in rows):
         same = [r for r in rows if (r["method"], r["steps"], r["lr"]) == key]
-        cells = []
-        for column in COLUMNS[:2]:
-            values = [r[column] for r in same]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.3f}{spread}")
+        cells = " | ".join(shown(r[column] for r in same) for column in COLUMNS[:2])
         steps, lr = ("–", "–") if key[0] == "start" else (str(key[1]), f"{key[2]:g}")
-        lines.append(f"| {METHODS[key[0]][0]} | {steps} | {lr} | {len(same)} | {' | '.join(cells)} |")
+        lines.append(f"| {METHODS[key[0]][0]} | {steps} | {lr} | {len(same)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,28 +130,17 @@ def publish(out: Path) -> None:
     """Write the CSV and replace the table in docs/benchmarks.md."""
     rows = collect(out)
     target = REPO / "docs" / "benchmarks" / "insclr_runs.csv"
-    with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["method", "steps", "lr", "seed", *COLUMNS])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5f}" if k in COLUMNS[:2] else v for k, v in row.items()})
-    page = REPO / "docs" / "benchmarks.md"
-    old = page.read_text(encoding="utf-8")
-    mark = re.compile(r"(<!-- insclr table -->\n).*?(<!-- end insclr table -->)", re.DOTALL)
-    page.write_text(mark.sub(lambda m: f"{m[1]}\n{table(rows)}\n{m[2]}", old), encoding="utf-8")
-    print(table(rows))
+    names = ("method", "steps", "lr", "seed", *COLUMNS)
+    write_csv(target, rows, names, as_is=("lr", "train_cpu_seconds"))
+    replace_tables(REPO / "docs" / "benchmarks.md", "insclr table", table(rows))
 
 
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO / "data")
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "insclr_table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    args = parser.parse_args()
+    options = parser(__doc__, "insclr_table", METHODS, METHODS)
+    options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--lr", type=float, default=3e-4)
+    args = options.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
@@ -171,7 +152,7 @@ def main() -> None:
             if not path.exists():
                 found = work(method, seed, steps, lr, args.data.resolve())
                 row = {"method": method, "steps": steps, "lr": lr, "seed": seed, **found}
-                path.write_text(json.dumps(row), encoding="utf-8")
+                write_json(path, row)
                 print(f"{time.strftime('%H:%M:%S')} {path.stem} {found}", flush=True)
     publish(args.out)
 

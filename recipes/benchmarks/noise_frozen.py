@@ -13,12 +13,11 @@ train split (evaluation view, last checkpoint) go to
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from runner import write_json
 
 #: rows of the detection table
 SCORERS = {
@@ -49,9 +48,7 @@ def judge_run(folder: Path) -> dict[str, dict[str, float]]:
     label, clean = cli.datamodule.train_label.numpy(), cli.datamodule.train_clean_label.numpy()
     index = collector.arrays["index"]
     found = judge(collector.arrays["embedding"], label[index], clean[index], cli.datamodule.num_classes)
-    part = folder / ".detection.json.part"
-    part.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    os.replace(part, folder / "detection.json")
+    write_json(folder / "detection.json", found, indent=2)
     return found
 
 

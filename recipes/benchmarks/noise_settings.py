@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
+from runner import REPO
+
 METHODS = {
     "none": "no filter",
     "prism_avg": "PRISM AvgSim",

@@ -11,51 +11,25 @@ run), ``noise_detection.csv`` (how well each of them found the wrong labels), an
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import multiprocessing as mp
-import os
-import re
-import shlex
 import statistics
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # when it is imported, as tests do
 from noise_frozen import SCORERS, judge_run
-from noise_settings import METHODS, REPO, UNFILTERED, USUAL, Setting, command, settings
+from noise_settings import METHODS, UNFILTERED, USUAL, Setting, command, settings
+from runner import REPO, Job, last_results, parser, replace_tables, run_missing, shown, write_csv
 
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 QUALITY = ("precision", "recall", "auroc", "average_precision")
 
 
-def work(job: tuple[list[str], Path]) -> tuple[Path, float]:
-    """Run one command in this process, on one thread; its output goes to ``log.txt``."""
-    import torch
-
-    from lightning_nrml.cli.app import run
-
-    torch.set_num_threads(1)
-    args, folder = job
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "command.txt").write_text("nrml " + shlex.join(args) + "\n", encoding="utf-8")
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    start = time.process_time()
-    if run(args):
-        raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
-    seconds = time.process_time() - start
-    if folder.parent.name == "frozen":
-        judge_run(folder)
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    (folder / "done.json").write_text(json.dumps({**result, "cpu_seconds": round(seconds, 1)}))
-    return folder, seconds
+def judged(folder: Path) -> dict[str, Any]:
+    """The results of a run whose frozen embeddings are judged first."""
+    judge_run(folder)
+    return last_results(folder)
 
 
 # ---- results ---------------------------------------------------------------------------------------
@@ -115,16 +89,6 @@ def ranked(ledger: Path) -> dict[str, float]:
 # ---- tables ----------------------------------------------------------------------------------------
 
 
-def shown(rows: list[dict[str, Any]], key: str) -> str:
-    """Mean and standard deviation of a column over the seeds."""
-    values = [r[key] for r in rows if r[key] is not None and r[key] == r[key]]
-    if not values:
-        return "–"
-    return f"{statistics.fmean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
-
-
 def by_method(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of a setting by method, in the order of the tables."""
     by = defaultdict(list)
@@ -157,9 +121,9 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for method, own in by.items():
         gaps = f"{gap(method, 'val/recall@1')} / {gap(method, 'val/map@r')}"
-        quality = [shown(own, key) for key in COLUMNS[2:]]
+        recall, map_r, *quality = [shown(r[key] for r in own) for key in COLUMNS]
         lines.append(
-            f"| {METHODS[method]} | {len(own)} | {shown(own, 'val/recall@1')} | {shown(own, 'val/map@r')} "
+            f"| {METHODS[method]} | {len(own)} | {recall} | {map_r} "
             f"| {gaps.replace('– / –', '–')} | {' | '.join(quality)} |"
         )
     return "\n".join(lines) + "\n"
@@ -177,19 +141,9 @@ def detection_table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for method, own in by.items():
         name = {**METHODS, **SCORERS}[method]
-        cells = " | ".join(shown(own, key) for key in QUALITY)
+        cells = " | ".join(shown(r[key] for r in own) for key in QUALITY)
         lines.append(f"| {name} | {len(own)} | {cells} |")
     return "\n".join(lines) + "\n"
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]], names: Iterable[str]) -> None:
-    """Write the rows, numbers with five digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(names))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def publish(out: Path, data: Path) -> None:
@@ -198,42 +152,26 @@ def publish(out: Path, data: Path) -> None:
     folder, first = REPO / "docs" / "benchmarks", ("setting", "method", "seed")
     write_csv(folder / "noise_runs.csv", rows, [*first, *COLUMNS, "best_recall@1", "cpu_seconds"])
     write_csv(folder / "noise_detection.csv", detection, [*first, *QUALITY])
-    page = REPO / "docs" / "benchmarks.md"
-    text = page.read_text(encoding="utf-8")
     for name, make, content in (("noise", table, rows), ("detection", detection_table, detection)):
         made = "\n".join(filter(None, (make(setting, content) for setting in settings(data))))
-        mark = re.compile(rf"(<!-- {name} tables -->\n).*?(<!-- end {name} tables -->)", re.DOTALL)
-        text = mark.sub(lambda m, made=made: f"{m[1]}\n{made}\n{m[2]}", text)
-        print(made)
-    page.write_text(text, encoding="utf-8")
+        replace_tables(REPO / "docs" / "benchmarks.md", f"{name} tables", made)
 
 
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO / "data")
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "noise_table")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="part of a setting's name")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(USUAL))
-    args = parser.parse_args()
+    options = parser(__doc__, "noise_table", METHODS, USUAL)
+    options.add_argument("--jobs", type=int, default=2)
+    options.add_argument("--only", default="", help="part of a setting's name")
+    args = options.parse_args()
     jobs = []
     for setting in settings(args.data.resolve()):
         for seed in args.seeds:
             for method in args.methods:
-                folder = args.out / setting.name / method / f"seed{seed}"
-                if args.only in setting.name and not (folder / "done.json").exists():
-                    jobs.append((command(setting, method, seed, folder), folder))
-    if jobs:
-        import lightning_nrml.cli.app  # noqa: F401 - imported once, before the runs are forked
-
-        os.environ["OMP_NUM_THREADS"] = "1"
-        with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-            for folder, seconds in pool.imap_unordered(work, jobs):
-                print(
-                    f"{time.strftime('%H:%M:%S')} {folder.relative_to(args.out)} {seconds:.0f} s", flush=True
-                )
+                if args.only in setting.name:
+                    folder = args.out / setting.name / method / f"seed{seed}"
+                    result = judged if method == "frozen" else last_results
+                    jobs.append(Job(folder, [command(setting, method, seed, folder)], result))
+    run_missing(jobs, args.out, args.jobs)
     publish(args.out, args.data.resolve())
 
 

@@ -12,22 +12,14 @@ and ``--methods`` narrow it. Results: ``docs/benchmarks/ssl_runs.csv`` (one row 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import multiprocessing as mp
-import os
-import re
-import shlex
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from runner import REPO, Job, last_results, parser, replace_tables, run_missing, shown, write_csv
 
-REPO = Path(__file__).resolve().parents[2]
 METHODS = {
     "pixels": "pixels",
     "random": "random backbone",
@@ -169,32 +161,11 @@ def commands(
     return [first, [*probe, *kwargs_of, f"--model.init_args.init_weights={start}"]]
 
 
-def work(job: tuple[list[list[str]], Path]) -> tuple[Path, float]:
-    """Run the commands of one job in this process, on one thread; their output goes to ``log.txt``."""
-    import torch
-
-    from lightning_nrml.cli.app import run
-
-    torch.set_num_threads(1)
-    stages, folder = job
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"nrml {shlex.join(args)}\n" for args in stages)
-    (folder / "command.txt").write_text(text, encoding="utf-8")
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    start = time.process_time()
-    for args in stages:
-        if run(args):
-            raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
-    seconds = time.process_time() - start
-    found: dict[str, Any] = {"cpu_seconds": round(seconds, 1)}
-    for stage in ("pretrain", "probe"):
-        path = folder / stage / "results.json"
-        last = json.loads(path.read_text(encoding="utf-8"))["last"] if path.is_file() else {}
-        found |= {key: last[f"val/{key}"] for key in COLUMNS if f"val/{key}" in last}
-    (folder / "done.json").write_text(json.dumps(found))
-    return folder, seconds
+def measured(folder: Path) -> dict[str, Any]:
+    """What pretraining, if there was any, and probe reached in their last epochs."""
+    stages = [folder / stage for stage in ("pretrain", "probe")]
+    found = [last_results(stage)["last"] for stage in stages if (stage / "results.json").is_file()]
+    return {key: last[f"val/{key}"] for last in found for key in COLUMNS if f"val/{key}" in last}
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
@@ -217,76 +188,49 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     keys = [key for key in COLUMNS if any(row[key] is not None for row in mine)]
     heads = {"knn_top1": "kNN top-1", "probe_top1": "linear top-1", "recall@1": "Recall@1", "map@r": "MAP@R"}
 
-    def shown(method: str, key: str) -> str:
-        values = [row[key] for row in mine if row["method"] == method and row[key] is not None]
-        if not values:
-            return "–"
-        return f"{statistics.fmean(values):.3f}" + (
-            f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        )
-
     lines = [
         f"**{setting.title}**", "",
         f"| method | seeds | {' | '.join(heads[key] for key in keys)} |",
         "|---" * (2 + len(keys)) + "|",
     ]  # fmt: skip
     for method, label in METHODS.items():
-        count = sum(row["method"] == method for row in mine)
-        if count:
-            lines.append(f"| {label} | {count} | {' | '.join(shown(method, key) for key in keys)} |")
+        own = [row for row in mine if row["method"] == method]
+        if own:
+            cells = " | ".join(shown(row[key] for row in own) for key in keys)
+            lines.append(f"| {label} | {len(own)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def publish(out: Path) -> None:
     """Write the CSV and replace the tables in docs/benchmarks.md."""
     rows = collect(out)
-    path = REPO / "docs" / "benchmarks" / "ssl_runs.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["setting", "method", "seed", *COLUMNS, "cpu_seconds"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+    names = ["setting", "method", "seed", *COLUMNS, "cpu_seconds"]
+    write_csv(REPO / "docs" / "benchmarks" / "ssl_runs.csv", rows, names)
     text = "\n".join(filter(None, (table(setting, rows) for setting in settings())))
-    page = REPO / "docs" / "benchmarks.md"
-    mark = re.compile(r"(<!-- ssl tables -->\n).*?(<!-- end ssl tables -->)", re.DOTALL)
-    old = page.read_text(encoding="utf-8")
-    page.write_text(mark.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old), encoding="utf-8")
-    print(text)
+    replace_tables(REPO / "docs" / "benchmarks.md", "ssl tables", text)
 
 
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
     names = [setting.name for setting in settings()]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO / "data")
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "ssl_table")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="+", choices=names, default=["digits"])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, help="pretraining epochs, for a try-out; default the recipe's")
-    args = parser.parse_args()
-    jobs = []
+    options = parser(__doc__, "ssl_table", METHODS, METHODS)
+    options.add_argument("--jobs", type=int, default=2)
+    options.add_argument("--settings", nargs="+", choices=names, default=["digits"])
+    options.add_argument("--epochs", type=int, help="pretraining epochs, for a try-out; default the recipe's")
+    args = options.parse_args()
+    out, jobs = args.out.resolve(), []
     for setting in settings():
         if setting.name not in args.settings:
             continue
-        source, target = args.data.resolve() / setting.source, args.out.resolve() / setting.prepared
+        source, target = args.data.resolve() / setting.source, out / setting.prepared
         prepare(setting, source, target)
         for seed in args.seeds:
             for method in args.methods:
-                folder = args.out.resolve() / setting.name / method / f"seed{seed}"
-                if not (folder / "done.json").exists():
-                    stages = commands(setting, method, seed, folder, source, target, args.epochs)
-                    jobs.append((stages, folder))
-    if jobs:
-        import lightning_nrml.cli.app  # noqa: F401 - imported once, before the runs are forked
-
-        os.environ["OMP_NUM_THREADS"] = "1"
-        with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-            for folder, seconds in pool.imap_unordered(work, jobs):
-                where = folder.relative_to(args.out.resolve())
-                print(f"{time.strftime('%H:%M:%S')} {where} {seconds:.0f} s", flush=True)
-    publish(args.out)
+                folder = out / setting.name / method / f"seed{seed}"
+                stages = commands(setting, method, seed, folder, source, target, args.epochs)
+                jobs.append(Job(folder, stages, measured))
+    run_missing(jobs, out, args.jobs)
+    publish(out)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,14 @@ nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one r
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import multiprocessing as mp
-import os
-import re
-import shlex
 import statistics
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
+from runner import REPO, Job, parser, replace_tables, run_missing, shown, write_csv
+
 METHODS = {
     "bce": "BCE, no defence",
     "elr": "ELR",
@@ -107,30 +101,6 @@ def folder_of(out: Path, job: tuple[str, int, str, int]) -> Path:
     return out / (kind if kind == "none" else f"{kind}_{rate}") / method / f"seed{seed}"
 
 
-def work(job: tuple[list[str], Path]) -> tuple[Path, float]:
-    """Run one command in this process, on one thread; its output goes to ``log.txt``."""
-    import torch
-
-    from lightning_nrml.cli.app import run
-
-    torch.set_num_threads(1)
-    args, folder = job
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "command.txt").write_text("nrml " + shlex.join(args) + "\n", encoding="utf-8")
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    start = time.process_time()
-    if run(args):
-        raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
-    seconds = time.process_time() - start
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    part = folder / ".done.json.part"
-    part.write_text(json.dumps({**result, "cpu_seconds": round(seconds, 1)}), encoding="utf-8")
-    os.replace(part, folder / "done.json")
-    return folder, seconds
-
-
 def collect(out: Path) -> list[dict[str, Any]]:
     """One row per finished run."""
     rows = []
@@ -141,15 +111,6 @@ def collect(out: Path) -> list[dict[str, Any]]:
             row = dict(zip(HEAD, job, strict=True)) | {key: done["last"].get(key) for key in COLUMNS}
             rows.append(row | {"cpu_seconds": done["cpu_seconds"]})
     return rows
-
-
-def shown(values: list[Any]) -> str:
-    """Mean and standard deviation."""
-    known = [float(v) for v in values if v is not None and v == v]
-    if not known:
-        return "–"
-    text = f"{statistics.fmean(known):.3f}"
-    return text + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
 
 
 def table(kind: str, rate: int, rows: list[dict[str, Any]]) -> str:
@@ -167,7 +128,7 @@ def table(kind: str, rate: int, rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for method, label in METHODS.items():
         if method in by:
-            cells = [shown([r[key] for r in by[method]]) for key in COLUMNS]
+            cells = [shown(r[key] for r in by[method]) for key in COLUMNS]
             lines.append(f"| {label} | {len(by[method])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -218,45 +179,25 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
 def publish(rows: list[dict[str, Any]], docs: Path) -> None:
     """Write the CSV and the plot, and replace the tables in benchmarks.md."""
-    (docs / "benchmarks").mkdir(parents=True, exist_ok=True)
-    with (docs / "benchmarks" / "ucmerced_runs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*HEAD, *COLUMNS, "cpu_seconds"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+    write_csv(docs / "benchmarks" / "ucmerced_runs.csv", rows, [*HEAD, *COLUMNS, "cpu_seconds"])
     text = "\n".join(filter(None, (table(kind, rate, rows) for kind, rate in SETTINGS)))
-    page = docs / "benchmarks.md"
-    mark = re.compile(r"(<!-- ucmerced tables -->\n).*?(<!-- end ucmerced tables -->)", re.DOTALL)
-    page.write_text(mark.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text(encoding="utf-8")), "utf-8")
+    replace_tables(docs / "benchmarks.md", "ucmerced tables", text)
     if any(row["kind"] != "none" for row in rows):
         draw(rows, docs / "assets" / "ucmerced.png")
-    print(text)
 
 
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO / "data")
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "ucmerced_table")
-    parser.add_argument("--docs", type=Path, default=REPO / "docs", help="where tables and plot go")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="part of a setting's name, such as mixed_40")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    args = parser.parse_args()
+    options = parser(__doc__, "ucmerced_table", METHODS, METHODS)
+    options.add_argument("--jobs", type=int, default=2)
+    options.add_argument("--docs", type=Path, default=REPO / "docs", help="where tables and plot go")
+    options.add_argument("--only", default="", help="part of a setting's name, such as mixed_40")
+    args = options.parse_args()
     jobs = []
     for job in runs(args.only, args.methods, args.seeds):
         folder = folder_of(args.out, job)
-        if not (folder / "done.json").exists():
-            jobs.append((command(*job, args.data.resolve(), folder), folder))
-    if jobs:
-        import lightning_nrml.cli.app  # noqa: F401 - imported once, before the runs are forked
-
-        os.environ["OMP_NUM_THREADS"] = "1"
-        with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-            for folder, seconds in pool.imap_unordered(work, jobs):
-                name = folder.relative_to(args.out)
-                print(f"{time.strftime('%H:%M:%S')} {name} {seconds:.0f} s", flush=True)
+        jobs.append(Job(folder, [command(*job, args.data.resolve(), folder)]))
+    run_missing(jobs, args.out, args.jobs)
     publish(collect(args.out), args.docs)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import noise_frozen
+import noise_settings
+import noise_table
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,14 +16,6 @@ import torch
 from lightning_nrml.cli.check import check_override, load_yaml
 from lightning_nrml.cli.recipes import config_arguments
 
-FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
-spec = importlib.util.spec_from_file_location("noise_table", FOLDER / "noise_table.py")
-assert spec is not None
-assert spec.loader is not None
-noise_table = importlib.util.module_from_spec(spec)
-sys.modules["noise_table"] = noise_table
-spec.loader.exec_module(noise_table)
-noise_frozen = sys.modules["noise_frozen"]
 SETTINGS = {setting.name: setting for setting in noise_table.settings(Path("data"))}
 
 
@@ -48,7 +41,7 @@ def test_commands_name_real_recipes_and_keys(name: str, method: str, tmp_path: P
 def test_every_filter_is_told_the_true_rate_or_none() -> None:
     for setting in SETTINGS.values():
         for method in noise_table.METHODS:
-            _, *filters = sys.modules["noise_settings"].callbacks(setting, method)
+            _, *filters = noise_settings.callbacks(setting, method)
             told = [c["init_args"]["noise_rate"] for c in filters if "noise_rate" in c.get("init_args", {})]
             expected = (
                 [] if method in ("bare", "consensus", "frozen", *noise_table.UNFILTERED) else [setting.rate]

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ssl_table
 
 from lightning_nrml.cli.check import check_override, load_yaml
 from lightning_nrml.cli.recipes import config_arguments
 
-REPO = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("ssl_table", REPO / "recipes" / "benchmarks" / "ssl_table.py")
-assert spec is not None
-assert spec.loader is not None
-ssl_table = importlib.util.module_from_spec(spec)
-sys.modules["ssl_table"] = ssl_table  # dataclasses look themselves up there
-spec.loader.exec_module(ssl_table)
 SETTINGS = {setting.name: setting for setting in ssl_table.settings()}
 
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import ucmerced_table as table
 import yaml
 
 from lightning_nrml.cli.check import check_override, load_yaml
 from lightning_nrml.cli.recipes import config_arguments
 
 REPO = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location(
-    "ucmerced_table", REPO / "recipes" / "benchmarks" / "ucmerced_table.py"
-)
-assert spec is not None
-assert spec.loader is not None
-table = importlib.util.module_from_spec(spec)
-sys.modules["ucmerced_table"] = table
-spec.loader.exec_module(table)
 
 
 def test_the_grid_has_every_setting_once_and_the_clean_bound_once_per_seed() -> None:
