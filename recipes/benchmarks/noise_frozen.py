@@ -1,7 +1,7 @@
 """Which wrong labels do frozen embeddings show? Our audit and cleanlab on equal inputs.
 
-A net is trained by cross-entropy on the labels as given, without a filter, and kept. Its embeddings of the
-train split (evaluation view, last checkpoint) go to
+A net is trained by cross-entropy on the labels as given, without a filter, and kept; another one with our
+filter Consensus. The embeddings of the train split (evaluation view, last checkpoint) go to
 
 * ``audit``: the scores of ``nrml audit`` (class centres and neighbours, no sample votes for itself);
 * ``cleanlab``: confident learning (Northcutt et al., JAIR 2021, arXiv 1911.00068) as its package does it, on
@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 from runner import write_json
 
-#: rows of the detection table
 SCORERS = {
     "audit": "`nrml audit`",
     "audit_knn": "`nrml audit --evidence knn`",
     "cleanlab": "cleanlab, self-confidence (its default)",
     "cleanlab_margin": "cleanlab, normalised margin",
+}
+#: rows of the detection table: each scorer on the embeddings of each kept net
+DETECTORS = {
+    "frozen": SCORERS,
+    "consensus_frozen": {f"consensus_{key}": f"after Consensus: {text}" for key, text in SCORERS.items()},
 }
 STRENGTHS = (0.01, 0.1, 1.0)
 FOLDS = 5

@@ -23,16 +23,25 @@ METHODS = {
     "combined": "contrastive + 0.3 cross-entropy, no filter",
     "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
     "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
+    "consensus_told": "contrastive + 0.3 cross-entropy + Consensus",
     "frozen": "cross-entropy, no filter, kept for frozen embeddings",
+    "consensus_frozen": "contrastive + 0.3 cross-entropy + Consensus, kept for frozen embeddings",
+    "cleaned": "no filter, on labels that `nrml audit` left",
+    "cleaned_cross_entropy": "cross-entropy, on labels that `nrml audit` left",
     "pretrained_none": "SimCLR start, no filter",
     "pretrained_prism_avg": "SimCLR start, PRISM AvgSim",
     "pretrained_known_clean": "SimCLR start, known clean",
 }
-UNFILTERED = ("none", "known_clean", "cross_entropy", "combined", "pretrained_none", "pretrained_known_clean")
+UNFILTERED = (
+    "none", "known_clean", "cross_entropy", "combined", "pretrained_none", "pretrained_known_clean",
+    "cleaned", "cleaned_cross_entropy",
+)  # fmt: skip
+#: kept with their last checkpoint, whose embeddings are judged afterwards
+FROZEN = ("frozen", "consensus_frozen")
 #: run unless --methods says otherwise
 USUAL = tuple(m for m in METHODS if m != "combined_prism" and not m.startswith("pretrained"))
-SOFTMAX_ONLY = ("cross_entropy", "frozen", "bare", "small_loss")
-BOTH_LOSSES = ("combined", "combined_prism", "consensus")
+SOFTMAX_ONLY = ("cross_entropy", "cleaned_cross_entropy", "frozen", "bare", "small_loss")
+BOTH_LOSSES = ("combined", "combined_prism", "consensus", "consensus_told", "consensus_frozen")
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,18 @@ def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
         found.append({"class_path": "SmallLoss", "init_args": {**told, "ramp_epochs": setting.ramp}})
     elif method.endswith("known_clean"):
         found.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
-    elif method in ("bare", "consensus"):
-        found.append(
-            {"class_path": {"bare": "BARE", "consensus": "Consensus"}[method]}
-        )  # one setting for all
+    elif method == "bare":
+        found.append({"class_path": "BARE"})
+    elif method.startswith("consensus"):  # one setting for all
+        found.append({"class_path": "Consensus", **({"init_args": told} if "told" in method else {})})
     return found
+
+
+def _own_noise(noise: list[str], method: str) -> list[str]:
+    """Without what a label table stands for."""
+    return [
+        n for n in noise if not (method.startswith("cleaned") and n.startswith("--data.init_args.noise."))
+    ]
 
 
 def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]:
@@ -185,17 +201,21 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
             "--model.init_args.loss=" + json.dumps(loss),
             "--model.init_args.optimizer.loss_lr=0.001",
         ]
+    if method.startswith("cleaned"):
+        # what `nrml audit` made of the kept cross-entropy net of the same seed: run `frozen` first
+        table = folder.resolve().parents[1] / "frozen" / folder.name / "audit" / "labels_corrected.csv"
+        extra.append(f"--data.init_args.noise={table}")
     noise = [text.format(rate=setting.rate, seed=seed) for text in (*setting.noise, *setting.fixed)]
     return [
         "fit",
         f"--config={REPO}/recipes/{setting.recipe}.yaml",
         f"--seed_everything={seed}",
-        *noise,
+        *_own_noise(noise, method),
         *extra,
         "--trainer.callbacks=null",  # else the list below would inherit options of the recipe's callbacks
         "--trainer.callbacks=" + json.dumps(callbacks(setting, method)),
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu",
-        f"--trainer.enable_checkpointing={'true' if method == 'frozen' else 'false'}",
+        f"--trainer.enable_checkpointing={str(method in FROZEN).lower()}",
     ]

@@ -2,8 +2,9 @@
 
     python recipes/benchmarks/noise_table.py --data DATA --jobs 2
 
-Each run is exactly one ``nrml fit`` command (kept in its run folder as ``command.txt``; ``frozen`` also one
-``nrml audit``). Finished runs are not repeated, so the command can be stopped and started again;
+Each run is exactly one ``nrml fit`` command, kept in its run folder as ``command.txt``; nets that are kept
+also go through ``nrml audit``. Finished runs are not repeated, so the command can be stopped and started
+again;
 ``--only caltech101`` and ``--seeds 0`` narrow it. Results: ``docs/benchmarks/noise_runs.csv`` (one row per
 run), ``noise_detection.csv`` (how well each of them found the wrong labels), and the tables in
 ``docs/benchmarks.md`` between their markers.
@@ -18,12 +19,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from noise_frozen import SCORERS, judge_run
-from noise_settings import METHODS, UNFILTERED, USUAL, Setting, command, settings
+from noise_frozen import DETECTORS, SCORERS, judge_run
+from noise_settings import FROZEN, METHODS, UNFILTERED, USUAL, Setting, command, settings
 from runner import REPO, Job, last_results, parser, replace_tables, run_missing, shown, write_csv
 
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 QUALITY = ("precision", "recall", "auroc", "average_precision")
+#: what a method or detector is called, in the order of the tables
+LABELS = METHODS | {row: text for rows in DETECTORS.values() for row, text in rows.items()}
 
 
 def judged(folder: Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def collect(out: Path, data: Path) -> list[dict[str, Any]]:
     """One row per finished run."""
     rows = []
     for setting, method, folder in finished(out, data):
-        if method == "frozen":  # cross-entropy once more
+        if method in FROZEN:  # the same net once more
             continue
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
         row = {"setting": setting, "method": method, "seed": int(folder.name[4:])}
@@ -62,9 +65,12 @@ def collect_detection(out: Path, data: Path) -> list[dict[str, Any]]:
     rows = []
     for setting, method, folder in finished(out, data):
         start = {"setting": setting, "seed": int(folder.name[4:])}
-        if method == "frozen":
+        if method in FROZEN:
             found = json.loads((folder / "detection.json").read_text(encoding="utf-8"))
-            rows += [{**start, "method": name, **{k: found[name][k] for k in QUALITY}} for name in SCORERS]
+            rows += [
+                {**start, "method": row, **{k: found[scorer][k] for k in QUALITY}}
+                for scorer, row in zip(SCORERS, DETECTORS[method], strict=True)
+            ]
         elif method not in UNFILTERED:
             last = json.loads((folder / "done.json").read_text(encoding="utf-8"))["last"]
             decided = {key: last.get(f"noise/{key}") for key in ("precision", "recall")}
@@ -95,7 +101,7 @@ def by_method(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, list[di
     for row in rows:
         if row["setting"] == setting.name:
             by[row["method"]].append(row)
-    return {method: by[method] for method in (*METHODS, *SCORERS) if method in by}
+    return {method: by[method] for method in LABELS if method in by}
 
 
 def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
@@ -140,9 +146,8 @@ def detection_table(setting: Setting, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for method, own in by.items():
-        name = {**METHODS, **SCORERS}[method]
         cells = " | ".join(shown(r[key] for r in own) for key in QUALITY)
-        lines.append(f"| {name} | {len(own)} | {cells} |")
+        lines.append(f"| {LABELS[method]} | {len(own)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -169,7 +174,7 @@ def main() -> None:
             for method in args.methods:
                 if args.only in setting.name:
                     folder = args.out / setting.name / method / f"seed{seed}"
-                    result = judged if method == "frozen" else last_results
+                    result = judged if method in FROZEN else last_results
                     jobs.append(Job(folder, [command(setting, method, seed, folder)], result))
     run_missing(jobs, args.out, args.jobs)
     publish(args.out, args.data.resolve())

@@ -43,10 +43,17 @@ def test_every_filter_is_told_the_true_rate_or_none() -> None:
         for method in noise_table.METHODS:
             _, *filters = noise_settings.callbacks(setting, method)
             told = [c["init_args"]["noise_rate"] for c in filters if "noise_rate" in c.get("init_args", {})]
-            expected = (
-                [] if method in ("bare", "consensus", "frozen", *noise_table.UNFILTERED) else [setting.rate]
-            )
+            untold = ("bare", "consensus", *noise_table.FROZEN, *noise_table.UNFILTERED)
+            expected = [] if method in untold else [setting.rate]
             assert told == expected, (setting.name, method)
+
+
+def test_cleaned_labels_are_those_of_the_same_seed_and_nothing_else_is_injected(tmp_path: Path) -> None:
+    folder = tmp_path / "digits_50" / "cleaned" / "seed2"
+    args = noise_table.command(SETTINGS["digits_50"], "cleaned", 2, folder)
+    assert [word for word in args if "init_args.noise" in word] == [
+        f"--data.init_args.noise={tmp_path}/digits_50/frozen/seed2/audit/labels_corrected.csv"
+    ]
 
 
 def run(folder: Path, last: dict, ledger: pd.DataFrame | None = None) -> None:
@@ -64,9 +71,12 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
     )
     run(tmp_path / "digits_50" / "none" / "seed0", scores)
     run(tmp_path / "digits_50" / "bare" / "seed0", scores | decided, ledger)
-    run(tmp_path / "digits_50" / "frozen" / "seed0", scores)
+    for method in noise_table.FROZEN:
+        run(tmp_path / "digits_50" / method / "seed0", scores)
     found = {k: dict.fromkeys(noise_table.QUALITY, 0.25 * i) for i, k in enumerate(noise_table.SCORERS)}
     (tmp_path / "digits_50" / "frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
+    found["audit"]["auroc"] = 0.99
+    (tmp_path / "digits_50" / "consensus_frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
 
     rows = noise_table.collect(tmp_path, Path("data"))
     assert [row["method"] for row in rows] == ["none", "bare"]
@@ -74,7 +84,10 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
         noise_table.table(SETTINGS["digits_50"], rows)
     )
     detection = noise_table.collect_detection(tmp_path, Path("data"))
-    assert [row["method"] for row in detection] == ["bare", *noise_table.SCORERS]
+    after = [f"consensus_{name}" for name in noise_table.SCORERS]
+    assert [row["method"] for row in detection] == ["bare", *noise_table.SCORERS, *after]
+    aurocs = {row["method"]: row["auroc"] for row in detection}
+    assert (aurocs["audit"], aurocs["consensus_audit"]) == (0, 0.99)
     # wrong are -2 and -4, right -1 and -3: three of four pairs in order; precision 1, then 2/3
     assert detection[0]["auroc"] == pytest.approx(3 / 4)
     assert detection[0]["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
