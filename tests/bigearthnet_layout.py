@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_nrml.data import BigEarthNetDataModule
 from lightning_nrml.data.bigearthnet_classes import CLASSES_19, CLASSES_43, S1_SIDES, S2_SIDES, SIDES
 
 NO_RASTERIO = "rasterio is not installed: pip install 'lightning-nrml[rs]'"
 NO_LMDB = "lmdb is not installed: pip install 'lightning-nrml[rs]'"
+
+
+def module(folder: Path, kept: Path, **kwargs: Any) -> BigEarthNetDataModule:
+    """A datamodule of an archive that keeps its tables in ``kept``."""
+    return BigEarthNetDataModule(str(folder), statistics_folder=str(kept), batch_size=2, **kwargs)
 
 
 def v2_names(rows: int) -> tuple[list[str], list[str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_nrml import filters
-from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, RunSizes
+from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
+from lightning_nrml.callbacks.run_sizes import RunSizes
 
 
 class PRISM(NoiseFilterCallback):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_nrml import distributed
 from lightning_nrml.callbacks.ledger_file import write_ledger
+from lightning_nrml.callbacks.run_sizes import RunSizes
+from lightning_nrml.callbacks.whole_set import add_bank, decide, tell_sampler, train_label
 from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.filters.chain import FilterChain, Mode, tolerate_absent_filters
 from lightning_nrml.memory import FeatureBank, LabelLedger, SampleLedger
@@ -20,7 +22,6 @@ from lightning_nrml.metrics import FilterQuality
 from lightning_nrml.types import FilterContext, Selection
 
 Granularity = Literal["batch", "epoch"]
-_CHUNK = 8192
 #: what is logged of a filter's quality as ``noise/<key>``; the last ones for multi-label data only
 _QUALITY = ("precision", "recall", "auroc", "average_precision", "f1")
 _RATES = {
@@ -29,50 +30,6 @@ _RATES = {
     "missing_rate": "noise/estimated_missing",
 }
 _LABEL_QUALITY = tuple(f"{k}_{v}" for k in ("extra", "missing") for v in ("precision", "recall", "auroc"))
-
-
-class RunSizes:
-    """Sizes that a filter may need, from the datamodule and the module; each raises only if asked for."""
-
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.data: Any = getattr(trainer, "datamodule", None)
-        self.module = pl_module
-
-    def _find(self, name: str, *places: Any) -> int:
-        for place in places:
-            value = getattr(place, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        raise ValueError(
-            f"The noise filter needs `{name}`: give your datamodule or LightningModule an int attribute "
-            f"`{name}`."
-        )
-
-    @property
-    def num_classes(self) -> int:
-        """Number of training classes."""
-        return self._find("num_classes", self.data, self.module)
-
-    @property
-    def embedding_dim(self) -> int:
-        """Columns of the embedding."""
-        return self._find("embedding_dim", self.module)
-
-    @property
-    def num_samples(self) -> int:
-        """Size of the training set."""
-        return self._find("num_train_samples", self.data, self.module)
-
-    @property
-    def num_labels(self) -> int:
-        """Labels of a sample of multi-label data; 0 for data of one class per sample."""
-        label = getattr(self.data, "train_label", None)
-        return label.shape[1] if isinstance(label, Tensor) and label.ndim == 2 else 0
-
-    def ledger(self) -> SampleLedger:
-        """An empty ledger; of every label if the data are multi-label."""
-        labels = self.num_labels
-        return LabelLedger(self.num_samples, labels) if labels else SampleLedger(self.num_samples)
 
 
 class NoiseFilterCallback(Callback):
@@ -185,9 +142,7 @@ class NoiseFilterCallback(Callback):
                 raise ValueError(
                     "Only one filter of a run may have granularity='epoch'; use 'batch' for the other."
                 )
-            bank = FeatureBank(sizes.num_samples, sizes.embedding_dim)
-            bank.register_buffer("drawn", torch.ones(sizes.num_samples, dtype=torch.bool))
-            pl_module.feature_bank = bank
+            add_bank(pl_module, sizes.num_samples, sizes.embedding_dim)
             chain.epoch_keep[self.name] = lambda: ledger.keep
             # the loader must be rebuilt so that Lightning knows the shorter epoch (validation, progress)
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -216,7 +171,7 @@ class NoiseFilterCallback(Callback):
             part = cast(NoiseFilter, _chain_of(pl_module)[self.name])
             if trainer.ckpt_path is None and self.start_epoch == 0 and not part.uses_embedding:
                 self._decide(trainer, pl_module, part)
-            _tell_sampler(trainer, pl_module)
+            tell_sampler(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode here too: Lightning leaves ``on_train_epoch_start`` out when it resumes mid-epoch."""
@@ -271,7 +226,7 @@ class NoiseFilterCallback(Callback):
         weight, score = selection.weight, selection.score
         ledger = cast(SampleLedger, pl_module.noise_ledger)
         if ledger.corrected is not None:  # the ledger speaks of given labels, and this one took no part
-            changed = _train_label(trainer).to(ctx.label.device)[ctx.index] != ctx.label
+            changed = train_label(trainer).to(ctx.label.device)[ctx.index] != ctx.label
             weight, score = weight.masked_fill(changed, 0.0), score.masked_fill(changed, torch.nan)
         suggested = selection.stats.get("suggested", selection.stats.get(f"{self.name}/suggested"))
         ledger.record(ctx.index, weight, score, suggested)
@@ -301,11 +256,15 @@ class NoiseFilterCallback(Callback):
         if self.granularity == "epoch" and due:
             self._decide(trainer, pl_module, part)
 
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, part: NoiseFilter) -> None:
+        self._set_rate(part, trainer.current_epoch + 1)  # that of the epoch it is for
+        decide(trainer, pl_module, part, self.max_age)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the quality of this epoch's decisions where the truth is known."""
         assert self._quality is not None
         if self.granularity == "epoch":
-            _tell_sampler(trainer, pl_module)
+            tell_sampler(trainer, pl_module)
         (kept, count), self._kept = self._kept, (0, 0)
         if count:  # loggers have the curve of the steps; what stays in callback_metrics is the epoch's mean
             pl_module.log("train/keep_rate", kept / count, prog_bar=True, logger=False, sync_dist=True)
@@ -325,30 +284,6 @@ class NoiseFilterCallback(Callback):
             ledger = cast(SampleLedger, pl_module.noise_ledger)
             path = write_ledger(ledger, getattr(trainer, "datamodule", None), folder)
             rank_zero_info(f"Per-sample noise ledger: {path}")
-
-    # ---- epoch decisions ------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, part: NoiseFilter) -> None:
-        """Score the whole training set from the bank and write ``ledger.keep``."""
-        bank, ledger = cast(FeatureBank, pl_module.feature_bank), cast(SampleLedger, pl_module.noise_ledger)
-        self._set_rate(part, trainer.current_epoch + 1)  # that of the epoch it is for
-        label = _train_label(trainer).to(bank.embedding.device)
-        judged = (bank.epoch_seen >= 0) | (not part.uses_embedding)
-        score = torch.full((len(label),), torch.nan, device=label.device)
-        for rows in judged.nonzero(as_tuple=True)[0].split(_CHUNK):
-            ctx = FilterContext(bank.embedding[rows].float(), label[rows], rows, epoch=trainer.current_epoch)
-            score[rows] = part.score(ctx).float()
-            suggested = part.suggest(ctx)
-            if suggested is not None:
-                ledger.suggested[rows] = suggested
-        selection = part.select_scores(score)
-        ledger.keep.copy_(selection.keep)
-        ledger.last_score.copy_(torch.where(score.isnan(), ledger.last_score, score))
-        drawn = selection.keep.clone()
-        if self.max_age and part.uses_embedding:
-            drawn |= trainer.current_epoch + 1 - bank.epoch_seen > self.max_age
-        cast(Tensor, bank.drawn).copy_(drawn)
 
     # ---- logging --------------------------------------------------------------------------------
 
@@ -403,30 +338,6 @@ def _chain_of(pl_module: LightningModule) -> FilterChain:
             "name: call your attribute otherwise."
         )
     return chain
-
-
-def _tell_sampler(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Tell the datamodule which samples the next epoch draws: kept ones, and dropped ones gone stale."""
-    target = getattr(getattr(trainer, "datamodule", None), "train_keep", None)
-    if not isinstance(target, Tensor):
-        raise TypeError(
-            "granularity='epoch' needs a datamodule with a `train_keep` mask that its sampler obeys "
-            "(all datamodules of lightning_nrml have one); use granularity='batch' with this one."
-        )
-    target.copy_(cast(FeatureBank, pl_module.feature_bank).drawn)  # type: ignore[arg-type]
-    splits = getattr(trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
-    listed = getattr(getattr(splits, "train", None), "keep", None)
-    if listed is not None:  # a label table left samples out for good
-        target &= torch.as_tensor(listed)
-
-
-def _train_label(trainer: Trainer) -> Tensor:
-    label = getattr(getattr(trainer, "datamodule", None), "train_label", None)
-    if not isinstance(label, Tensor):
-        raise TypeError(
-            "granularity='epoch' and correct_labels need a datamodule with a `train_label` (N,) tensor."
-        )
-    return label
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_nrml import distributed, filters
-from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, RunSizes, _chain_of
+from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, _chain_of
+from lightning_nrml.callbacks.run_sizes import RunSizes
 from lightning_nrml.models import MomentumTeacher, load_weights
 from lightning_nrml.types import Selection
 

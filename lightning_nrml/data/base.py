@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nrml import distributed
-from lightning_nrml.data.dataset import IndexedDataset, OnBadImage, identity
+from lightning_nrml.data.dataset import IndexedDataset, identity
+from lightning_nrml.data.labelled import LabelledData
 from lightning_nrml.data.loader import ResumableLoader
-from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
+from lightning_nrml.data.noise import NoiseConfig
 from lightning_nrml.data.samplers import (
     MPerClassSampler,
     NeighbourSampler,
     ShuffleSampler,
     UnpaddedSampler,
 )
-from lightning_nrml.data.sources import BadImageError, cached, decoded_bytes, pixel_embedding, stored_size
-from lightning_nrml.data.splits import Split, Splits, check_splits, put_noise, warn_of_single_samples
+from lightning_nrml.data.sources import cached, decoded_bytes, stored_size
+from lightning_nrml.data.splits import Split
 from lightning_nrml.data.views import EvalView, MetricView, ViewKey, Views
 from lightning_nrml.types import Batch
 
@@ -42,7 +40,7 @@ _SPLITS_OF_STAGE = {
 }
 
 
-class NRMLDataModule(LightningDataModule):
+class NRMLDataModule(LabelledData):
     """Base of all datamodules: noise on train labels, rank-aware samplers, views on the device.
 
     A subclass writes :meth:`load_splits` and, if it likes, :attr:`default_size` and the default views.
@@ -93,7 +91,7 @@ class NRMLDataModule(LightningDataModule):
         on_bad_image: Literal["raise", "skip"] = "raise",
         cache: Literal["auto"] | bool = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(noise, on_bad_image)
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -114,22 +112,12 @@ class NRMLDataModule(LightningDataModule):
         if cache not in ("auto", True, False):
             raise ValueError(f"cache must be 'auto', true or false, got {cache!r}")
         self.batch_size, self.m_per_class, self.eval_batch_size = batch_size, m_per_class, eval_batch_size
-        if isinstance(noise, str | Path):
-            noise = NoiseConfig(table=str(noise))
-        self.noise = noise or NoiseConfig()
         self.seed, self.epoch_length = seed, epoch_length
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.on_bad_image: OnBadImage = on_bad_image
         self.cache = cache
         self._views = {"train": train_view, "eval": eval_view}
-        self._splits: Splits | None = None
-        self._bad_rows: list[str] = []
 
     # ---- what a subclass gives -------------------------------------------------------------------
-
-    def load_splits(self) -> Splits:
-        """Labels and undecoded image sources of all splits."""
-        raise NotImplementedError(f"{type(self).__name__} must implement load_splits() -> Splits")
 
     def default_train_view(self) -> Views:
         """The training view if none was given."""
@@ -144,147 +132,6 @@ class NRMLDataModule(LightningDataModule):
         """Side of the images that the default views put out: the short side of what is stored."""
         return min(stored_size(self.splits.train.images))
 
-    # ---- labels ----------------------------------------------------------------------------------
-
-    @property
-    def splits(self) -> Splits:
-        """All splits, checked, with train labels as given after noise; loaded on first use."""
-        if self._splits is None:
-            self._splits = self._prepare(self.load_splits())
-        return self._splits
-
-    def _prepare(self, splits: Splits) -> Splits:
-        check_splits(splits, type(self).__name__)
-        # On the full list and before anything else: a sample's label must not depend on missing files.
-        if self.noise.kind != "none" or self.noise.table is not None:
-            put_noise(splits, self.inject_noise(splits.train, splits.num_classes))
-        for name, split in splits.items():
-            setattr(splits, name, self._without_missing(name, split))
-        keep = splits.train.keep
-        self._train_keep = torch.ones(len(splits.train), dtype=torch.bool)
-        if keep is not None:
-            self._train_keep.copy_(torch.as_tensor(np.array(keep)))
-        if splits.train.label.ndim == 1:
-            warn_of_single_samples(splits.train.label)
-        return splits
-
-    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
-        """Labels of the train split after ``self.noise``; multi-label sets override this."""
-        truth = train.label
-        if train.clean_label is not None and self.noise.table is not None:
-            truth = train.clean_label  # the table replaces labels that are noisy already
-        elif train.clean_label is not None:
-            raise ValueError(
-                f"{type(self).__name__}: the train labels are noisy already (a noise list or human labels); "
-                "leave noise unset, or load the clean labels"
-            )
-        embedding = None
-        if self.noise.kind == "small_cluster":
-            embedding = pixel_embedding(train.images)
-        return apply_noise(truth, self.noise, num_classes, embedding, train.paths)
-
-    def _without_missing(self, name: str, split: Split) -> Split:
-        missing = split.images.missing()
-        if not missing:
-            return split
-        first = split.images.name(missing[0])
-        if self.on_bad_image == "raise":
-            raise BadImageError(
-                f"{len(missing)} of {len(split)} {name} images are missing, the first is {first}; "
-                "check the path, or set on_bad_image: skip to leave them out"
-            )
-        if len(missing) == len(split):
-            raise BadImageError(
-                f"all {len(split)} {name} images are missing, such as {first}; check the path"
-            )
-        warnings.warn(f"left out {len(missing)} missing {name} images, such as {first}", stacklevel=2)
-        self._bad_rows += [f"{row}\t{split.images.name(row)}\tmissing from {name}\n" for row in missing]
-        rows = np.setdiff1d(np.arange(len(split)), missing)
-        return split.subset(rows)
-
-    @property
-    def num_classes(self) -> int:
-        """Classes (label columns of a multi-label set) of the train split."""
-        return self.splits.num_classes
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.splits.train.images.channels
-
-    @property
-    def num_train_samples(self) -> int:
-        """N, the length of every per-sample ledger or bank."""
-        return len(self.splits.train)
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the train classes in label order."""
-        return self.splits.class_names
-
-    @property
-    def train_label(self) -> Tensor:
-        """``(N,)`` int64 labels as given, noise included."""
-        return torch.as_tensor(self.splits.train.label)
-
-    @property
-    def train_clean_label(self) -> Tensor | None:
-        """``(N,)`` int64 true labels where they are known (-1: none of the classes); for measurement only."""
-        clean = self.splits.train.clean_label
-        return None if clean is None else torch.as_tensor(clean)
-
-    @property
-    def train_is_noise(self) -> Tensor | None:
-        """``(N,)`` bool (``(N, L)`` for multi-label), where the given label is known to be wrong."""
-        train = self.splits.train
-        return None if train.clean_label is None else torch.as_tensor(train.label != train.clean_label)
-
-    @property
-    def train_keep(self) -> Tensor:
-        """``(N,)`` bool; write ``False`` into it to keep samples out of the following epochs.
-
-        It starts with the ``keep`` column of the label table, if there is one.
-        """
-        assert self.splits is not None  # loads them
-        return self._train_keep
-
-    @property
-    def train_paths(self) -> list[str] | None:
-        """Names of the train images, for tables and galleries."""
-        return self.splits.train.paths
-
-    @property
-    def predict_paths(self) -> list[str] | None:
-        """Names of the images that :meth:`predict_dataloader` serves, by ``index``."""
-        return None if self.splits.test is None else self.splits.test.paths
-
-    @property
-    def noise_summary(self) -> dict[str, Any]:
-        """What the run card and the logs say about the train labels.
-
-        ``rate_realised`` is the share of labels that differ from the clean ones (of the samples that a label
-        table keeps), ``None`` if those are not known; ``hash`` identifies the label column.
-        """
-        wrong, keep = self.train_is_noise, self.splits.train.keep
-        if wrong is not None and keep is not None:
-            wrong = wrong[torch.as_tensor(keep)]
-        return {
-            "kind": self._noise_kind,
-            "rate_requested": self.noise.rate,
-            "rate_realised": None if wrong is None else round(float(wrong.float().mean()), 6),
-            "hash": label_hash(self.splits.train.label),
-            "num_classes": self.num_classes,
-            "num_train": self.num_train_samples,
-        }
-
-    @property
-    def _noise_kind(self) -> str:
-        if self.noise.table is not None:
-            return "table"
-        if self.noise.kind == "none" and self.splits.train.clean_label is not None:
-            return "given"
-        return self.noise.kind
-
     # ---- life cycle ------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
@@ -294,13 +141,6 @@ class NRMLDataModule(LightningDataModule):
             if split is not None:
                 self._fill_cache(split)
         self._write_bad_rows()
-
-    def _split(self, name: str) -> Split | None:
-        splits = self.splits
-        if name == "val" and splits.val is None:
-            return splits.test
-        found: Split | None = getattr(splits, name)
-        return found
 
     def _fill_cache(self, split: Split) -> None:
         if self.cache is True or (self.cache == "auto" and decoded_bytes(split.images) <= CACHE_LIMIT_BYTES):
@@ -319,21 +159,6 @@ class NRMLDataModule(LightningDataModule):
             with self._bad_list.open("a", encoding="utf-8") as file:
                 file.writelines(self._bad_rows)
         self._bad_rows = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which labels a checkpoint was trained on."""
-        return {"noise": self.noise_summary}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn if training is resumed on other labels: per-sample records would not belong to them."""
-        before, now = state_dict["noise"], self.noise_summary
-        resuming = self.trainer is not None and self.trainer.training
-        if resuming and before["hash"] != now["hash"]:
-            warnings.warn(
-                f"resuming on other train labels: the checkpoint had {before['num_train']} labels with hash "
-                f"{before['hash']}, this data has {now['num_train']} with hash {now['hash']}",
-                stacklevel=2,
-            )
 
     # ---- loaders ---------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_nrml.data.bigearthnet_classes import S1_SIDES, SIDES
 from lightning_nrml.data.bigearthnet_index import V1_FOLDERS, V2_FOLDERS
-from lightning_nrml.data.raster import import_rasterio
+from lightning_nrml.data.extras import import_extra
 from lightning_nrml.data.sources import BadImageError, ImageSource
 
 SIDE = 120
@@ -95,7 +95,7 @@ class GeoTiffStore(PatchStore):
 
     @staticmethod
     def _plane(path: str) -> np.ndarray:
-        rasterio = import_rasterio(path)
+        rasterio = import_extra("rasterio", path)
         if not os.path.isfile(path):
             raise BadImageError(
                 f"band file {path} is missing; mend or remove the patch, or set on_bad_image: skip"
@@ -135,14 +135,14 @@ class LMDBStore(PatchStore):
         if not path.exists():
             raise FileNotFoundError(f"no LMDB {path}; check lmdb")
         self.path = path
-        _lmdb(path)
+        import_extra("lmdb", path)
 
     @property
     def environment(self) -> Any:
         """The open database; a process may open one only once, and must not go on with its parent's."""
         key = str(self.path.resolve())
         if key not in _OPEN:
-            lmdb = _lmdb(self.path)
+            lmdb = import_extra("lmdb", self.path)
             folder = self.path.is_dir()
             try:
                 _OPEN[key] = lmdb.open(key, subdir=folder, readonly=True, lock=False, readahead=False)
@@ -277,19 +277,3 @@ class PatchSource(ImageSource):
                 f"{where}: {bad} of {plane.size} pixels are NaN or infinite; fill or remove it, or set "
                 "on_bad_image: skip"
             )
-
-
-def _lmdb(path: object) -> Any:
-    """The package lmdb.
-
-    Raises:
-        ImportError: it is not installed; names the file that needs it and the extra that brings it.
-    """
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ImportError(
-            f"{path} must be read by lmdb, which cannot be imported ({error}): "
-            "pip install 'lightning-nrml[rs]'"
-        ) from error
-    return lmdb

@@ -8,13 +8,13 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrml.data.extras import import_extra
 from lightning_nrml.data.sources import BadImageError, ImageSource
 from lightning_nrml.data.views.base import as_float
 
@@ -56,7 +56,7 @@ class RasterSource(ImageSource):
         self.size = shape[1:] if image_size is None else (image_size, image_size)
 
     def _first_shape(self) -> tuple[int, int, int]:
-        rasterio = import_rasterio(self.paths[0] if len(self.paths) else "rasters")
+        rasterio = import_extra("rasterio", self.paths[0] if len(self.paths) else "rasters")
         for path in self.paths:
             try:
                 with rasterio.open(str(path)) as file:
@@ -85,7 +85,7 @@ class RasterSource(ImageSource):
 
     def decode(self, row: int) -> Tensor:
         """One image as float32 ``(channels, H, W)``."""
-        rasterio = import_rasterio(self.paths[row])
+        rasterio = import_extra("rasterio", self.paths[row])
         try:
             with rasterio.open(str(self.paths[row])) as file:
                 self._check_shape(row, file.count, (file.height, file.width))
@@ -124,22 +124,6 @@ class RasterSource(ImageSource):
                     f"{self.name(row)}, band {band}: {int(bad.sum())} of {bad.size} pixels are NaN, infinite "
                     f"or nodata ({empty}); fill or remove it, or set on_bad_image: skip"
                 )
-
-
-def import_rasterio(path: object) -> Any:
-    """The package rasterio.
-
-    Raises:
-        ImportError: it is not installed; names the file that needs it and the extra that brings it.
-    """
-    try:
-        import rasterio
-    except ImportError as error:
-        raise ImportError(
-            f"{path} must be read by rasterio, which cannot be imported ({error}): "
-            "pip install 'lightning-nrml[rs]'"
-        ) from error
-    return rasterio
 
 
 def band_statistics(images: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:

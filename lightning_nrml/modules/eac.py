@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from lightning_nrml.losses import EACLoss
 from lightning_nrml.metrics import TopKAccuracy
-from lightning_nrml.modules.base import EmbeddingModule
+from lightning_nrml.modules.classifier import Classifier
 from lightning_nrml.types import Batch, StepOutput
 
 
-class EAC(EmbeddingModule):
+class EAC(Classifier):
     """EAC, "Learn From All: Erasing Attention Consistency for Noisy Label Facial Expression Recognition".
 
     A classifier on the pooled feature maps of a convolutional backbone. Cross-entropy acts on the image, and
@@ -39,6 +39,8 @@ class EAC(EmbeddingModule):
     Raises:
         ValueError: ``num_classes`` is missing or below 2, or the backbone gives no feature maps.
     """
+
+    score_key = "probability"
 
     def __init__(
         self,
@@ -117,42 +119,10 @@ class EAC(EmbeddingModule):
         return {"embedding": F.normalize(features.float(), dim=1), "probability": probability}
 
     @property
-    def _knows_classes(self) -> bool:
-        """Whether the evaluated classes are those of the classifier."""
+    def knows_classes(self) -> bool:
+        """Not so on a split by classes."""
         splits = getattr(getattr(self.trainer, "datamodule", None), "splits", None)
         return not getattr(splits, "zero_shot", False)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Embeddings, probabilities, labels and indices; counts right answers."""
-        out = self._embed_batch(batch)
-        if self._knows_classes and "label" in out:
-            self.accuracy.update(out["probability"], out["label"])
-        return out
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """As :meth:`validation_step`."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self.accuracy.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Start counting."""
-        self.accuracy.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/top1``."""
-        self._log_accuracy("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/top1``."""
-        self._log_accuracy("test")
-
-    def _log_accuracy(self, prefix: str) -> None:
-        if self._knows_classes:
-            for key, value in self.accuracy.compute().items():
-                self.log(f"{prefix}/{key}", value, prog_bar=True, rank_zero_only=False)
 
 
 def map_channels(backbone: nn.Module, in_channels: int, name: str) -> int:

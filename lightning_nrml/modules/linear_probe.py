@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrml.metrics import TopKAccuracy
-from lightning_nrml.modules.base import EmbeddingModule
+from lightning_nrml.modules.classifier import Classifier
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
 from lightning_nrml.types import Batch, StepOutput
 
 
-class LinearProbe(EmbeddingModule):
+class LinearProbe(Classifier):
     """A zero-initialised linear classifier on the pooled features of a frozen backbone.
 
     The protocol of SimCLR (Chen et al., ICML 2020, appendix B.6, and the official code): the backbone is
@@ -40,6 +40,9 @@ class LinearProbe(EmbeddingModule):
             or a saved backbone. Without it (and without ``pretrained``) a random backbone is measured.
         batch_norm: a batch norm without scale and offset between backbone and classifier.
     """
+
+    score_key = "logits"
+    accuracy_prefix = "probe_"
 
     def __init__(
         self,
@@ -105,46 +108,7 @@ class LinearProbe(EmbeddingModule):
         loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")
         return StepOutput(h, batch["label"], batch["index"], logits=logits, per_sample_loss=loss)
 
-    # ---- evaluation -----------------------------------------------------------------------------
-
-    def _embed_batch(self, batch: Batch) -> dict[str, Tensor]:
-        batch = self._formatted(batch)
-        h = self.features(batch["image"])
-        out = {
-            "embedding": F.normalize(h.float(), dim=1),
-            "logits": self.linear(self.norm(h)),
-            "index": batch["index"],
-        }
-        if "label" in batch:
-            out["label"] = batch["label"]
-        return out
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Embeddings, logits, labels and indices; counts right answers."""
-        out = self._embed_batch(batch)
-        self.accuracy.update(out["logits"].float(), out["label"])
-        return out
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """As :meth:`validation_step`."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self.accuracy.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Start counting."""
-        self.accuracy.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/probe_*``."""
-        self._log_accuracy("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/probe_*``."""
-        self._log_accuracy("test")
-
-    def _log_accuracy(self, prefix: str) -> None:
-        for key, value in self.accuracy.compute().items():
-            self.log(f"{prefix}/probe_{key}", value, prog_bar=key == "top1", rank_zero_only=False)
+    def predictions(self, x: Tensor) -> dict[str, Tensor]:
+        """``embedding (B, D)`` of unit rows and ``logits (B, L)``."""
+        h = self.features(x)
+        return {"embedding": F.normalize(h.float(), dim=1), "logits": self.linear(self.norm(h))}
