@@ -9,7 +9,8 @@ from lightning_nrml.state import StateModule
 
 _MAX_SHARE = 0.7
 _QUANTILES = (0.1, 0.4)  # of the low values; further out there are few, further in high ones mix in
-_SEARCH = 0.25  # of the share, on both sides: where the valley between the groups is looked for
+_SEARCH = (0.75, 1.5)  # times the share: where the valley between the groups is looked for
+_DEPTH = 0.75  # of the lower one of the heights on both sides of a valley: above that it is none
 _KERNEL = 0.15  # deviation of the kernel that smooths the histogram
 
 
@@ -59,12 +60,14 @@ class Histogram(StateModule):
         return spread.sum() / self.counts.sum().clamp_min(1)
 
     def valley(self, least: Tensor, most: Tensor, otherwise: Tensor) -> Tensor:
-        """Where fewest values lie around, between two values (0-d), if more lie on both sides of it; 0-d."""
+        """Where fewest values lie around, between two values (0-d), if many more lie on both sides; 0-d."""
+        density = self.kernel @ self.counts.double()
         inside = (self.middle >= least) & (self.middle <= most)
-        density = torch.where(inside, self.kernel @ self.counts.double(), torch.inf)
-        place = density.argmin()
-        at_end = (inside.cumsum(0)[place] == 1) | (inside.cumsum(0)[place] == inside.sum())
-        return torch.where(at_end, otherwise, self.middle[place])
+        place = torch.where(inside, density, torch.inf).argmin()
+        left = self.middle < self.middle[place]
+        height = torch.minimum(torch.where(left, density, 0.0).max(), torch.where(left, 0.0, density).max())
+        found = inside.any() & (density[place] < _DEPTH * height)
+        return torch.where(found, self.middle[place], otherwise)
 
     def quantile(self, share: Tensor) -> Tensor:
         """The value under which this share (0-d) of all values lies, 0-d; ``-limit`` without values."""
@@ -90,9 +93,9 @@ class TwoGroups(StateModule):
     there should be ``q`` times that share of all values. The mean over ``q`` from .1 to .4 counts. Nothing is
     fitted, so it can neither run away nor lose a group, and without a low group the share is near 0.
 
-    Even odds of being high lie in a valley of the values within a quarter of that share around its quantile;
-    where there is none, at the low end of that range: groups that overlap make the share an upper bound. How
-    fast the odds change is what two normal distributions of equal width would give.
+    Even odds of being high lie in the deepest valley of the values between three quarters of that share and
+    one and a half of it; where there is none, at the low end of that range: groups that overlap make the
+    share an upper bound. How fast the odds change is what two normal distributions of equal width would give.
 
     Args:
         limit: values are clipped to ``[-limit, limit]``.
@@ -124,7 +127,7 @@ class TwoGroups(StateModule):
     def cut(self) -> Tensor:
         """The value from which on values are high rather than low, 0-d float64."""
         share = self.low_share()
-        least, most = (self.values.quantile(share * (1 + x)) for x in (-_SEARCH, _SEARCH))
+        least, most = (self.values.quantile(share * x) for x in _SEARCH)
         return self.values.valley(least, most, otherwise=least)
 
     def log_odds(self, value: Tensor, share: float | None = None) -> Tensor:
