@@ -182,12 +182,24 @@ class Consensus(NoiseFilterCallback):
     Args:
         warmup_steps: steps in which everything is kept while evidence gathers.
         smoothing: weight in [0, 1) of earlier opinions on a sample.
+        noise_rate: share of wrong labels in [0, 1), if it is known; ``null`` = find it. Worth saying where
+            people made the mistakes: those look too much like right labels to be counted.
         kwargs: schedule, see :class:`NoiseFilterCallback`.
     """
 
-    def __init__(self, warmup_steps: int = 150, smoothing: float = 0.7, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        warmup_steps: int = 150,
+        smoothing: float = 0.7,
+        noise_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(filter=None, **kwargs)
-        self.options: dict[str, Any] = {"warmup_steps": warmup_steps, "smoothing": smoothing}
+        self.options: dict[str, Any] = {
+            "warmup_steps": warmup_steps,
+            "smoothing": smoothing,
+            "noise_rate": noise_rate,
+        }
 
     def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
         """Size the filter for this run."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrml.filters.base import NoiseFilter
-from lightning_nrml.filters.mixture import TwoGroups
+from lightning_nrml.filters.groups import ClassFloors, TwoGroups
 from lightning_nrml.filters.vmf import concentration
 from lightning_nrml.memory.centers import SampleCenters, last_of_each
 from lightning_nrml.precision import exact_products
@@ -19,7 +19,8 @@ from lightning_nrml.types import FilterContext, Selection
 _CLIP = 3.0  # standardised opinions beyond this say nothing more
 _STATISTICS_DECAY = 0.95
 _MIN_ROWS = 8  # fewer opinions in a batch do not change the statistics
-_PATIENCE = 4  # warm-ups until all samples may be found clean: weak evidence has no two groups yet
+_BARELY = 1e-3  # log-odds above even
+_SPARED = 0.15  # of each class, the best
 _ENOUGH = 50  # training samples per class from which the classifier counts as much as the memory
 
 
@@ -84,10 +85,15 @@ class Consensus(NoiseFilter):
     judges that have one, and the *evidence* the running mean of its opinions: one look at an embedding that
     still learns is noisy.
 
-    The evidence of all samples seen so far is split into two groups by a mixture of two normal
-    distributions. ``score = log P_clean`` is the log-probability of belonging to the high group, a sample is
-    kept if it is at least one half, and the share of the low group estimates the noise rate
-    (``stats["noise_rate"]``). If no two groups are left after four warm-ups, all samples are kept.
+    What evidence a *wrong* label gets is known: the judges say on the way how they find another class than
+    the given one, drawn once for each sample. The more of the evidence on record lies as low as that, the
+    more labels are wrong (:class:`~lightning_nrml.filters.groups.TwoGroups`). ``stats["noise_rate"]`` is
+    that share, and about as much of the lowest evidence is taken for wrong: there ``score = log P_clean`` is
+    under log 1/2, and the sample is dropped. The best of each class, 15 %, count as just clean at least: a
+    class that is hard to learn would else lose all its samples, and with them its place in the memory.
+
+    People's mistakes look more like the given class than a random one does, so only part of them is found
+    that way: then say what you know by ``noise_rate``.
 
     Rows without any opinion are kept and flagged in ``stats["unknown"]``. Non-finite rows are dropped,
     flagged in ``stats["nonfinite"]``, and neither judged nor remembered. During warm-up everything is kept
@@ -99,11 +105,13 @@ class Consensus(NoiseFilter):
         num_samples: training samples ``N``.
         warmup_steps: number of :meth:`update` calls during which everything is kept.
         smoothing: weight in [0, 1) of earlier opinions in the evidence; 0 = only the last one counts.
+        noise_rate: share of wrong labels in [0, 1), if it is known; ``None`` = find it.
 
     Attributes:
         bank: :class:`~lightning_nrml.memory.centers.SampleCenters`, the trusted rows.
-        side: :class:`SideClassifier`. groups: :class:`TwoGroups`.
+        side: :class:`SideClassifier`. groups: :class:`TwoGroups`. floors: :class:`ClassFloors`.
         evidence: ``(N,)`` float32, NaN = none. evidence_weight: ``(N,)`` float32 in [0, 1).
+        other_evidence: ``(N,)`` float32, the same for another class than the given one.
         opinion_mean, opinion_var: ``(2,)`` float32, of memory and classifier; NaN = no statistics yet.
         weights: ``(2,)`` float32, of memory and classifier in an opinion; follows from the sizes.
         steps: 0-d int64, updates so far.
@@ -116,6 +124,7 @@ class Consensus(NoiseFilter):
     max_rbar: ClassVar[float] = 0.98
 
     evidence: Tensor
+    other_evidence: Tensor
     evidence_weight: Tensor
     opinion_mean: Tensor
     opinion_var: Tensor
@@ -129,6 +138,7 @@ class Consensus(NoiseFilter):
         num_samples: int,
         warmup_steps: int = 150,
         smoothing: float = 0.7,
+        noise_rate: float | None = None,
     ) -> None:
         super().__init__()
         if embedding_dim < 2:
@@ -137,15 +147,21 @@ class Consensus(NoiseFilter):
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}.")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}.")
+        if noise_rate is not None and not 0 <= noise_rate < 1:
+            raise ValueError(f"noise_rate must lie in [0, 1) or be None (found), got {noise_rate}.")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.num_samples = num_samples
+        self.noise_rate = noise_rate
         self.warmup_steps = warmup_steps
         self.smoothing = smoothing
         self.bank = SampleCenters(num_classes, embedding_dim, num_samples)
         self.side = SideClassifier(num_classes, embedding_dim)
-        self.groups = TwoGroups(_CLIP)
-        self.register_buffer("evidence", torch.full((num_samples,), torch.nan))
+        # another class than a wrong one is the right one in one of C - 1 cases
+        self.groups = TwoGroups(_CLIP, mixed=1 / max(num_classes - 1, 1))
+        self.floors = ClassFloors(num_classes, num_samples, _CLIP)
+        for name in ("evidence", "other_evidence"):
+            self.register_buffer(name, torch.full((num_samples,), torch.nan))
         self.register_buffer("evidence_weight", torch.zeros(num_samples))
         self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
         self.register_buffer("opinion_var", torch.full((2,), torch.nan))
@@ -188,28 +204,42 @@ class Consensus(NoiseFilter):
         rows = torch.where(finite.unsqueeze(1), rows, 0.0)
         with exact_products(rows.device.type):
             tables = [self._memory_scores(rows, ctx.index, ctx.label), self._classifier_scores(ctx, rows)]
-        odds = torch.stack([_log_odds(t, ctx.label) for t in tables])
+        odds, others = (
+            torch.stack([_log_odds(t, column) for t in tables])
+            for column in (ctx.label, other_class(ctx.index, ctx.label, self.num_classes))
+        )
         odds = torch.where(finite & odds.isfinite(), odds, torch.nan)
+        others = torch.where(finite & others.isfinite(), others, torch.nan)
         mean, var = self._statistics(odds)
-        opinion = (odds - mean.unsqueeze(1)) / var.clamp_min(1e-12).sqrt().unsqueeze(1)
-        opinion = _weighted_mean(opinion.clamp(-_CLIP, _CLIP), self.weights.unsqueeze(1))
+        opinion, other = (
+            _weighted_mean(
+                ((x - mean.unsqueeze(1)) / var.clamp_min(1e-12).sqrt().unsqueeze(1)).clamp(-_CLIP, _CLIP),
+                self.weights.unsqueeze(1),
+            )
+            for x in (odds, others)
+        )
         weight = self.evidence_weight[ctx.index]
-        before = self.evidence[ctx.index].nan_to_num(0.0) * weight
-        told = ~opinion.isnan()
-        new_weight = torch.where(told, self.smoothing * weight + (1 - self.smoothing), weight)
-        evidence = (self.smoothing * before + (1 - self.smoothing) * opinion) / new_weight
+        new_weight = torch.where(opinion.isnan(), weight, self.smoothing * weight + (1 - self.smoothing))
         best = _weighted_mean(torch.stack([_standardised(t) for t in tables]), self.weights.view(2, 1, 1))
         return {
             "rows": rows,
             "finite": finite,
             "mean": mean,
             "var": var,
-            "evidence": torch.where(told, evidence, self.evidence[ctx.index]),
+            "evidence": self._running(self.evidence[ctx.index], opinion, weight),
+            "other": self._running(self.other_evidence[ctx.index], other, weight),
             "weight": new_weight,
             "suggested": best.nan_to_num(-torch.inf)
             .argmax(dim=1)
             .masked_fill(~(finite & self.bank.filled.any()), -1),
         }
+
+    def _running(self, before: Tensor, opinion: Tensor, weight: Tensor) -> Tensor:
+        """Running mean of opinions, without the bias of a start value; NaN says nothing."""
+        weight = self.smoothing * torch.where(before.isnan(), 0.0, weight)
+        new = 1 - self.smoothing
+        mean = (before.nan_to_num(0.0) * weight + opinion * new) / (weight + new)
+        return torch.where(opinion.isnan(), before, mean)
 
     def _statistics(self, odds: Tensor) -> tuple[Tensor, Tensor]:
         """Running mean and variance ``(2,)`` of each judge's log-odds ``(2, B)``, this batch included."""
@@ -227,13 +257,16 @@ class Consensus(NoiseFilter):
 
     # -- contract -----------------------------------------------------------------------------------
 
-    def _log_clean(self, evidence: Tensor) -> Tensor:
-        return F.logsigmoid(self.groups.log_odds(evidence)).float()
+    def _log_clean(self, evidence: Tensor, label: Tensor) -> Tensor:
+        odds = self.groups.log_odds(evidence, self.noise_rate)
+        spared = self.floors.among_best(evidence, label, _SPARED)
+        least = _BARELY * (evidence.double() + _CLIP + 1)
+        return F.logsigmoid(torch.where(spared, odds.maximum(least), odds)).float()
 
     @torch.no_grad()
     def score(self, ctx: FilterContext) -> Tensor:
         """``(B,)`` float32 ``log P_clean`` by the evidence on record; NaN where there is none."""
-        return self._log_clean(self.evidence[ctx.index])
+        return self._log_clean(self.evidence[ctx.index], ctx.label)
 
     @torch.no_grad()
     def suggest(self, ctx: FilterContext) -> Tensor:
@@ -250,7 +283,7 @@ class Consensus(NoiseFilter):
         """
         judged = self._judge(ctx)
         self._last = (ctx, judged)
-        score, finite = self._log_clean(judged["evidence"]), judged["finite"]
+        score, finite = self._log_clean(judged["evidence"], ctx.label), judged["finite"]
         score = score.masked_fill(~finite, torch.nan)
         threshold = score.new_tensor(0.5).log()
         threshold = torch.where(self.steps < self.warmup_steps, torch.nan, threshold)
@@ -272,18 +305,20 @@ class Consensus(NoiseFilter):
 
     @torch.no_grad()
     def update(self, ctx: FilterContext, selection: Selection) -> None:
-        """Record the evidence, remember the kept rows, train the side classifier, fit the groups."""
+        """Record the evidence, remember the kept rows, train the side classifier."""
         last, self._last = self._last, None
         judged = last[1] if last is not None and last[0] is ctx else self._judge(ctx)
         self.opinion_mean.copy_(judged["mean"])
         self.opinion_var.copy_(judged["var"])
         final, once = last_of_each(ctx.index)
         evidence, weight = judged["evidence"][final], judged["weight"][final]
-        self.groups.replace(self.evidence[ctx.index], evidence, once)
+        before, other = self.evidence[ctx.index], judged["other"][final]
+        self.groups.values.replace(before, evidence, once)
+        self.groups.low.replace(self.other_evidence[ctx.index], other, once)
+        self.floors.replace(ctx.index, before, evidence, ctx.label[final], once)
         self.evidence.index_copy_(0, ctx.index, evidence)
+        self.other_evidence.index_copy_(0, ctx.index, other)
         self.evidence_weight.index_copy_(0, ctx.index, weight)
-        insist = self.steps < _PATIENCE * self.warmup_steps
-        self.groups.fit(restart=self.steps < self.warmup_steps, insist=insist)
         rows, keep = judged["rows"], selection.keep.to(ctx.label.device) & judged["finite"]
         self.bank.remember(ctx.index, rows, ctx.label, keep)
         if ctx.logits is None:
@@ -293,7 +328,15 @@ class Consensus(NoiseFilter):
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
-        return f"warmup_steps={self.warmup_steps}, smoothing={self.smoothing}"
+        told = "found" if self.noise_rate is None else self.noise_rate
+        return f"warmup_steps={self.warmup_steps}, smoothing={self.smoothing}, noise_rate={told}"
+
+
+def other_class(index: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """``(B,)`` a class that is not the given one, the same at every visit: by a hash of the index."""
+    mixed = (index * 2654435761 + 1013904223) % (1 << 32)
+    mixed = (mixed ^ (mixed >> 15)) * 668265261 % (1 << 32)
+    return (label + 1 + (mixed >> 8) % max(num_classes - 1, 1)) % num_classes
 
 
 def _log_odds(scores: Tensor, label: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from lightning_nrml.filters import Consensus
-from lightning_nrml.filters.consensus import SideClassifier
-from lightning_nrml.filters.mixture import TwoGroups
+from lightning_nrml.filters.consensus import SideClassifier, other_class
+from lightning_nrml.filters.groups import ClassFloors, Histogram, TwoGroups
 from lightning_nrml.memory.centers import SampleCenters
 from lightning_nrml.types import FilterContext, Selection
 
@@ -165,10 +165,15 @@ def test_opinion_is_a_mean_in_which_small_classes_mute_the_classifier(samples, w
 def test_histogram_holds_the_evidence_on_record_once():
     part = Consensus(10, 16, 600, warmup_steps=5)
     run(part, 0.4, steps=60)  # samples come back, also twice in one batch
-    told = part.evidence[~part.evidence.isnan()]
-    rebuilt = TwoGroups()
-    rebuilt.replace(torch.full_like(told, torch.nan), told, torch.ones(len(told), dtype=torch.bool))
-    assert torch.equal(part.groups.counts, rebuilt.counts)
+    for evidence, histogram in (
+        (part.evidence, part.groups.values),
+        (part.other_evidence, part.groups.low),
+    ):
+        assert torch.equal(histogram.counts, filled(evidence).counts)
+    floors = ClassFloors(10, 600)
+    _, given, _, _ = clusters(0.4)
+    floors.replace(torch.arange(600), nothing(part.evidence), part.evidence, given, part.evidence > -9)
+    assert torch.equal(part.floors.counts, floors.counts)
 
 
 def test_decisions_do_not_depend_on_the_order_of_the_batch():
@@ -212,7 +217,7 @@ def test_broken_rows_are_dropped_and_leave_no_trace():
     assert part.evidence[3:5].isnan().all()
     assert (part.bank.memory_label[3:5] == -1).all()
     for name, value in part.named_buffers():
-        if name not in ("evidence", "opinion_mean", "opinion_var"):
+        if name not in ("evidence", "other_evidence", "opinion_mean", "opinion_var"):
             assert value.isfinite().all() if value.is_floating_point() else True, name
     assert part.opinion_mean.isfinite().all()
 
@@ -305,52 +310,152 @@ def test_side_classifier_is_adam_on_the_cross_entropy():
     assert part.weight.isfinite().all()
 
 
-def test_groups_equal_a_tied_gaussian_mixture():
-    mixture = pytest.importorskip("sklearn.mixture")
+def nothing(x):
+    return torch.full_like(x, torch.nan)
+
+
+def filled(values):
+    histogram = Histogram()
+    histogram.replace(nothing(values), values, torch.ones_like(values, dtype=torch.bool))
+    return histogram
+
+
+def two_groups(share, apart, n=200_000, **kwargs):
+    """Groups of normal values, the high ones ``apart`` deviations above the low ones."""
     g = torch.Generator().manual_seed(0)
-    x = torch.cat([0.4 * torch.randn(3000, generator=g) - 1, 0.4 * torch.randn(7000, generator=g) + 0.6])
-    groups = TwoGroups()
-    nothing = torch.full_like(x, torch.nan)
-    groups.replace(nothing, x, torch.ones_like(x, dtype=torch.bool))
-    groups.fit(torch.tensor(True))
-    for _ in range(100):
-        groups.fit(torch.tensor(False))
-    peer = mixture.GaussianMixture(2, covariance_type="tied", random_state=0).fit(x[:, None].numpy())
-    low = int(peer.means_[:, 0].argmin())
-    assert float(groups.low_share()) == pytest.approx(float(peer.weights_[low]), abs=0.01)
-    assert groups.mean.tolist() == pytest.approx(sorted(peer.means_[:, 0]), abs=0.02)
-    p = peer.predict_proba(x[:, None].numpy())[:, 1 - low]
-    torch.testing.assert_close(groups.log_odds(x).sigmoid(), torch.from_numpy(p).double(), atol=0.03, rtol=0)
+    groups, yes = TwoGroups(**kwargs), torch.ones(n, dtype=torch.bool)
+    high = torch.arange(n) >= share * n
+    values = 0.5 * (torch.randn(n, generator=g) + apart * high) - 1
+    groups.values.replace(nothing(values), values, yes)
+    groups.low.replace(nothing(values), 0.5 * torch.randn(n, generator=g) - 1, yes)
+    return groups, values, high
 
 
-def test_groups_follow_values_that_move():
-    groups, x = TwoGroups(), torch.linspace(-2, 2, 50)
-    yes = torch.ones(50, dtype=torch.bool)
-    groups.replace(torch.full_like(x, torch.nan), x, yes)
-    groups.replace(x, x + 0.5, torch.arange(50) < 10)
-    assert int(groups.counts.sum()) == 50
-    other = TwoGroups()
-    other.replace(torch.full_like(x, torch.nan), torch.where(torch.arange(50) < 10, x + 0.5, x), yes)
-    assert torch.equal(groups.counts, other.counts)
-
-
-def test_one_group_is_all_clean_until_there_are_two():
-    groups, g = TwoGroups(), torch.Generator().manual_seed(0)
-    everyone, no = torch.ones(4000, dtype=torch.bool), torch.tensor(False)
-    one = 0.4 * torch.randn(4000, generator=g)
-    two = torch.where(torch.arange(4000) < 1000, one - 1, one + 0.5)
-    groups.replace(torch.full_like(one, torch.nan), one, everyone)
-    groups.mean.fill_(0.0)  # the fit has lost one group
-    groups.fit(no)
-    assert float(groups.low_share()) == 0
-    odds = groups.log_odds(torch.linspace(-3, 3, 50))
-    assert (odds > 0).all()
-    assert (odds.diff() > 0).all()  # a ranking all the same
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.6])
+def test_share_and_odds_of_groups_far_apart(share):
+    groups, values, high = two_groups(share, apart=4.0)
+    assert float(groups.low_share()) == pytest.approx(share, abs=0.005)
+    odds = groups.log_odds(values)
+    assert ((odds > 0) == high).double().mean() > 0.97
+    # the slope of two normal distributions of deviation 1/2 whose means are 2 apart
+    slope = (groups.log_odds(torch.tensor(0.2)) - groups.log_odds(torch.tensor(0.1))) / 0.1
+    assert float(slope) == pytest.approx(2 / 0.25, rel=0.05)
     assert groups.log_odds(torch.tensor([torch.nan])).isnan().all()
-    groups.fit(no, insist=torch.tensor(True))
-    assert float(groups.low_share()) > 0
-    assert float(groups.log_odds(torch.tensor(-3.0))) < 0
-    groups.replace(one, two, everyone)
-    for _ in range(600):
-        groups.fit(no)
-    assert float(groups.low_share()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_share_of_groups_that_overlap_is_an_upper_bound_by_storeys_integral():
+    groups, _, _ = two_groups(0.3, apart=1.0)
+    q = torch.linspace(0.1, 0.4, 1001, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    mixed_in = normal.cdf(normal.icdf(q) - 1.0) / q
+    assert float(groups.low_share()) == pytest.approx(0.3 + 0.7 * float(mixed_in.mean()), abs=0.01)
+
+
+def test_a_told_share_moves_the_cut_only():
+    groups, values, _ = two_groups(0.3, apart=1.0)
+    assert float((groups.log_odds(values, 0.25) < 0).double().mean()) == pytest.approx(0.25, abs=0.002)
+    assert float((groups.log_odds(values, 0.0) < 0).double().mean()) == 0
+
+
+def test_high_values_among_the_low_ones_are_allowed_for():
+    n, classes, rate = 200_000, 5, 0.5
+    g = torch.Generator().manual_seed(0)
+    wrong = torch.rand(n, generator=g) < rate
+    hit = wrong & (torch.rand(n, generator=g) < 1 / (classes - 1))
+    values = torch.randn(n, generator=g) * 0.2 + torch.where(wrong, -1.0, 1.0)
+    low = torch.randn(n, generator=g) * 0.2 + torch.where(hit, 1.0, -1.0)
+    groups, yes = TwoGroups(mixed=1 / (classes - 1)), torch.ones(n, dtype=torch.bool)
+    groups.values.replace(nothing(values), values, yes)
+    groups.low.replace(nothing(low), low, yes)
+    assert float(groups.low_share()) == pytest.approx(rate, abs=0.01)
+
+
+def test_share_without_values_and_with_all_low_ones_in_one_bin():
+    groups = TwoGroups()
+    assert float(groups.low_share()) == 0
+    assert groups.log_odds(torch.tensor([-3.0, 0.0, 3.0])).isfinite().all()
+    yes = torch.ones(100, dtype=torch.bool)
+    groups.low.replace(torch.full((100,), torch.nan), torch.full((100,), -9.0), yes)
+    values = torch.where(torch.arange(100) < 20, -9.0, 1.0)
+    groups.values.replace(nothing(values), values, yes)
+    assert float(groups.low_share()) == pytest.approx(0.2)
+
+
+def test_a_histogram_follows_values_that_move_and_knows_quantiles():
+    x, yes = torch.linspace(-2, 2, 51), torch.ones(51, dtype=torch.bool)
+    histogram, moved = filled(x), torch.where(torch.arange(51) < 10, x + 0.5, x)
+    histogram.replace(x, x + 0.5, torch.arange(51) < 10)
+    assert torch.equal(histogram.counts, filled(moved).counts)
+    assert float(filled(x).quantile(torch.tensor(0.5))) == pytest.approx(0, abs=0.05)
+    assert float(filled(x).mean()) == pytest.approx(0, abs=0.02)
+    assert float(filled(x).variance()) == pytest.approx(float(x.var()), rel=0.05)
+    assert yes.sum() == histogram.counts.sum()
+
+
+def test_class_floors_count_what_is_higher_in_the_class():
+    g = torch.Generator().manual_seed(0)
+    floors, label = ClassFloors(4, 80), torch.arange(80) % 4
+    x = 1.2 * torch.randn(80, generator=g)
+    everyone, yes = torch.arange(80), torch.ones(80, dtype=torch.bool)
+    floors.replace(everyone, nothing(x), x, label, yes)
+    place = ((x.clamp(-3, 3 - 1e-6) + 3) * (64 / 6)).floor()
+    for share in (0.1, 0.5):
+        above = torch.stack([((place > p) & (label == y)).sum() for p, y in zip(place, label, strict=True)])
+        assert torch.equal(floors.among_best(x, label, share), above < share * 20)
+    # a sample of another class takes its count along
+    other = torch.where(everyone < 40, (label + 1) % 4, label)
+    floors.replace(everyone, x, x, other, yes)
+    again = ClassFloors(4, 80)
+    again.replace(everyone, nothing(x), x, other, yes)
+    assert torch.equal(floors.counts, again.counts)
+    assert not floors.among_best(nothing(x), label, 0.5).any()
+
+
+def test_no_class_loses_all_its_samples():
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    _, _, _, given, clean = run(part, 0.4)
+    everyone, yes = torch.arange(600), torch.ones(600, dtype=torch.bool)
+    low = part.evidence.masked_fill(given == 3, -2.0) + 0.01 * torch.arange(600) / 600
+    part.groups.values.replace(part.evidence, low, yes)
+    part.floors.replace(everyone, part.evidence, low, given, yes)
+    part.evidence.copy_(low)
+    score = part.score(FilterContext(part.bank.memory, given, everyone))
+    assert part.select_scores(score).keep[given == 3].all()  # equal ones go together
+    low = torch.where(given == 3, -1 - torch.arange(600) / 600, part.evidence)
+    part.groups.values.replace(part.evidence, low, yes)
+    part.floors.replace(everyone, part.evidence, low, given, yes)
+    part.evidence.copy_(low)
+    score = part.score(FilterContext(part.bank.memory, given, everyone))
+    keep = part.select_scores(score).keep
+    assert float(keep[given == 3].float().mean()) == pytest.approx(0.15, abs=0.08)
+    assert part.evidence[(given == 3) & keep].min() > part.evidence[(given == 3) & ~keep].max()
+    others = given != 3
+    assert (keep == (given == clean))[others].float().mean() > 0.97
+
+
+def test_clean_labels_are_left_alone():
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    _, recall, found, _, _ = run(part, 0.0, spread=0.4)
+    assert found < 0.01
+    assert recall > 0.99
+
+
+def test_a_told_rate_is_dropped_though_the_evidence_says_nothing():
+    part = Consensus(10, 16, 600, warmup_steps=20, noise_rate=0.3)
+    _, _, _, given, _ = run(part, 0.0, spread=0.4)
+    kept = part.select_scores(part.score(FilterContext(part.bank.memory, given, torch.arange(600)))).keep
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 964])
+def test_the_other_class_is_any_but_the_given_one_and_stays(classes):
+    index = torch.arange(50_000)
+    label = index % classes
+    other = other_class(index, label, classes)
+    assert not (other == label).any()
+    step = (other - label) % classes
+    count = torch.bincount(step, minlength=classes)[1:].double()
+    expected = 50_000 / (classes - 1)
+    assert (count - expected).abs().max() < 5 * expected**0.5
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other_class(index[order], label[order], classes), other[order])
