@@ -13,6 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 
 Fit = Literal["crop", "squash"]
 _DECODE_THREADS = 4
+#: pixels, a side of an image that people can recognise something in
+PICTURE = 96
 # what Pillow's decoders raise on damaged files
 DECODE_ERRORS = (
     OSError,
@@ -64,6 +67,16 @@ class ImageSource(ABC):
         Raises:
             BadImageError: an image is missing or corrupt.
         """
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """The same for people to look at: uint8, physical values stretched band by band."""
+        images = self.get(indices)
+        if images.dtype == torch.uint8 or not len(images):
+            return images
+        flat = images.flatten(2).float().nan_to_num()
+        low, high = (torch.quantile(flat, q, dim=2)[..., None, None] for q in (0.02, 0.98))
+        bright = (images.float().nan_to_num() - low) / (high - low).clamp_min(1e-12)
+        return (255 * bright.clamp(0, 1)).to(torch.uint8)
 
     @abstractmethod
     def subset(self, rows: np.ndarray) -> ImageSource:
@@ -148,6 +161,14 @@ class DecodingSource(ImageSource):
         if not images:
             return torch.empty((0, self.channels, *(self.size or (0, 0))), dtype=torch.uint8)
         return torch.stack(images)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """Larger than the net sees them where that is too small for people."""
+        if self.size is None or max(self.size) >= PICTURE:
+            return self.get(indices)
+        larger = copy(self)
+        larger.size = tuple(PICTURE * side // max(self.size) for side in self.size)  # type: ignore[assignment]
+        return larger.get(indices)
 
     def decode(self, row: int) -> Tensor:
         """One image as uint8 ``(channels, H, W)``."""
