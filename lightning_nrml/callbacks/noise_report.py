@@ -195,7 +195,7 @@ def summary_lines(result: AuditResult) -> list[str]:
 def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> None:
     """``audit/suspects`` (table with images), ``audit/confusion`` and ``audit/noise_rate``.
 
-    Of multi-label data ``audit/label_rates`` instead of the confusion: what is extra and missing of each label.
+    Of multi-label data ``audit/label_rates`` instead of the confusion: what is extra and missing by label.
     """
     import wandb
 
