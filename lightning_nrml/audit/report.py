@@ -105,8 +105,8 @@ def page_data(
     rows: int,
 ) -> dict[str, Any]:
     """What the page's script reads, as plain JSON values."""
-    shown = _shown(frame, max(rows, gallery))
-    thumbs, small = ({}, False) if images is None else _thumbnails(shown.head(gallery), facts, images)
+    shown = shown_rows(frame, max(rows, gallery))
+    thumbs, small = ({}, False) if images is None else _thumbnails(shown_rows(frame, gallery), facts, images)
     label_by_index = frame.set_index("index")["label"].sort_index()
     records = _records(shown, facts, label_by_index)
     curve = _curve(frame)
@@ -147,7 +147,7 @@ def _differ(frame: pd.DataFrame) -> pd.Series:
     return (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])
 
 
-def _shown(frame: pd.DataFrame, rows: int) -> pd.DataFrame:
+def shown_rows(frame: pd.DataFrame, rows: int) -> pd.DataFrame:
     """The first rows; of multi-label data also what else is suspected of the same samples."""
     judged = _doubtful(frame)
     first = judged.head(rows)

@@ -24,7 +24,7 @@ from lightning_nrml.audit.labels import (
 )
 from lightning_nrml.audit.ledger import find_label_ledger, from_label_ledger, from_ledger
 from lightning_nrml.audit.neighbours import trusted_neighbours
-from lightning_nrml.audit.report import ReportFacts, write_report
+from lightning_nrml.audit.report import ReportFacts, shown_rows, write_report
 from lightning_nrml.audit.scores import AuditScores, audit_label_scores, audit_scores, mixture_rate
 from lightning_nrml.audit.table import (
     CORRECTED,
@@ -85,7 +85,7 @@ def audit(
         clean_label=None if data.clean_label is None else data.clean_label.numpy(),
         extra=extra,
     )
-    suspects = torch.from_numpy(frame["index"].head(options.gallery).to_numpy(copy=True))
+    suspects = torch.from_numpy(shown_rows(frame, options.gallery)["index"].to_numpy(copy=True))
     near = trusted_neighbours(embedding, rows, data.label, scores, suspects, options.neighbours, labels)
     shown = {**(facts or {}), "embedding": f"{embedding.shape[1]} numbers", **_method(scores, options)}
     report = ReportFacts("Label audit", shown, scores.noise_rate, True, near)

@@ -180,7 +180,7 @@ def summary_lines(result: AuditResult) -> list[str]:
     action = result.corrected["action"].value_counts()
     done = ", ".join(f"{action[a]} {a}" for a in ("kept", "relabelled", "dropped") if a in action)
     if result.rates is not None and "dropped" in action:
-        done += " (those stay as given and are named under 'doubted'; rule 'relabel' turns the surest)"
+        done += " (they stay as given, named under 'doubted')"
     lines = [
         f"Label audit: an estimated {result.noise_rate:.1%} of {len(result.table)} labels are wrong",
         f"report           {result.files['report']}",

@@ -97,9 +97,12 @@ class MemorySource(ImageSource):
     Args:
         images: uint8 or float32 ``(N, C, H, W)``.
         bad: row -> message for images that could not be decoded (their pixels are meaningless).
+        origin: where they came from, for :meth:`pictures` of the first size.
     """
 
-    def __init__(self, images: Tensor, bad: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, images: Tensor, bad: Mapping[int, str] | None = None, origin: ImageSource | None = None
+    ) -> None:
         if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
             raise TypeError(
                 f"images must be uint8 (N, C, H, W), or float32 for rasters; got {images.dtype} "
@@ -108,6 +111,7 @@ class MemorySource(ImageSource):
         self.images = images
         self.dtype = images.dtype
         self.bad = dict(bad or {})
+        self.origin = origin
         self.channels = images.shape[1]
         self.size = (images.shape[2], images.shape[3])
 
@@ -123,7 +127,12 @@ class MemorySource(ImageSource):
 
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
-        return MemorySource(self.images[torch.as_tensor(rows, dtype=torch.int64)], bad)
+        origin = None if self.origin is None else self.origin.subset(rows)
+        return MemorySource(self.images[torch.as_tensor(rows, dtype=torch.int64)], bad, origin)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """As the origin has them."""
+        return super().pictures(indices) if self.origin is None else self.origin.pictures(indices)
 
 
 class DecodingSource(ImageSource):
@@ -337,7 +346,7 @@ def cached(source: ImageSource, on_bad_image: Literal["raise", "skip"] = "raise"
             images[row] = image
     if images is None:
         raise BadImageError(f"none of the {len(source)} images can be read, the first: {bad.get(0)}")
-    return MemorySource(images, bad)
+    return MemorySource(images, bad, source)
 
 
 def pixel_embedding(images: ImageSource, side: int = 16, rows: int = 1024) -> np.ndarray:

@@ -21,6 +21,7 @@ from lightning_nrml.callbacks.ledger_file import write_ledger
 from lightning_nrml.callbacks.noise_report import audit_data
 from lightning_nrml.data import MultiLabelRSDataModule, NoiseConfig
 from lightning_nrml.data.multilabel_tables import read_multilabel_table
+from lightning_nrml.data.sources import MemorySource, cached
 from lightning_nrml.memory import LabelLedger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modules"))
@@ -205,8 +206,25 @@ def test_corrections_of_ucmerced_come_back_exactly(merced, tmp_path):
     for name, row in zip(source.train_paths, dropped, strict=True):
         named = [source.class_names[c] for c in row.nonzero()[0]]
         assert table.loc[name, "doubted"].split(";") == (named or [""])
-    page = (tmp_path / "report.html").read_text()
-    assert "data:image/jpeg" in page, "people see 96 pixels, whatever the net sees"
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+    # people see 96 pixels, whatever the net sees and wherever its images are kept
+    files = source.splits.train.images
+    for images in (files, cached(files.subset(np.arange(3)))):
+        assert images.get([2]).shape == (1, 3, 16, 16)
+        picture = images.pictures([2])
+        assert picture.shape == (1, 3, 96, 96)
+        assert torch.equal(picture, files.pictures([2]))
+
+
+def test_pictures_of_physical_values_are_stretched_band_by_band():
+    images = torch.stack([torch.linspace(0, 3000, 100), torch.linspace(-25, -5, 100)]).view(1, 2, 10, 10)
+    picture = MemorySource(images).pictures([0])
+    assert picture.dtype == torch.uint8
+    for band in picture[0]:
+        assert (int(band.min()), int(band.max())) == (0, 255)
+        assert (band.flatten().int().diff() >= 0).all()
+    flat = MemorySource(torch.full((1, 2, 4, 4), torch.nan)).pictures([0])
+    assert (flat == 0).all()
 
 
 def test_marks_saved_by_the_report_win_and_come_back(merced, tmp_path):
