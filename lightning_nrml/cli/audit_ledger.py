@@ -23,7 +23,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--ledger",
         required=True,
-        help="the run's folder, or its noise_ledger.parquet or .csv; multi-label: noise_ledger_labels.parquet",
+        help="the run's folder, or a ledger in it; of a multi-label run noise_ledger_labels.parquet",
     )
     parser.add_argument("--out", help="folder to write to; default: audit beside the ledger")
     parser.add_argument("--images", help="folder that the ledger's images are in, for thumbnails")
