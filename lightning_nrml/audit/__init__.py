@@ -1,9 +1,12 @@
 """Find wrong labels with frozen embeddings or a run's ledger, and show them: scores, tables, report."""
 
+from lightning_nrml.audit.data import AuditData, AuditOptions, AuditResult
+from lightning_nrml.audit.labels import label_rates
+from lightning_nrml.audit.ledger import from_label_ledger, from_ledger
 from lightning_nrml.audit.report import ReportFacts, write_report
-from lightning_nrml.audit.run import AuditData, AuditOptions, AuditResult, audit, audit_ledger
+from lightning_nrml.audit.run import audit, audit_ledger
 from lightning_nrml.audit.scores import AuditScores, audit_label_scores, audit_scores, mixture_rate
-from lightning_nrml.audit.table import apply_review, audit_table, corrected_labels, from_ledger
+from lightning_nrml.audit.table import apply_review, audit_table, corrected_labels
 
 __all__ = [
     "AuditData",
@@ -18,7 +21,9 @@ __all__ = [
     "audit_scores",
     "audit_table",
     "corrected_labels",
+    "from_label_ledger",
     "from_ledger",
+    "label_rates",
     "mixture_rate",
     "write_report",
 ]

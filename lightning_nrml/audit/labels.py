@@ -8,6 +8,7 @@ how many are extra and how many are missing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_nrml.audit.data import AuditData
 from lightning_nrml.audit.scores import AuditScores
+from lightning_nrml.audit.table import MARKS, class_noise
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from lightning_nrml.audit.run import AuditData
 
 
 def label_entries(data: AuditData) -> AuditData:
@@ -57,10 +58,47 @@ def entries_of(rows: Tensor, num_labels: int) -> Tensor:
     return (rows.unsqueeze(1) * num_labels + torch.arange(num_labels, device=rows.device)).flatten()
 
 
-def entry_columns(num_samples: int, num_labels: int) -> dict[str, np.ndarray]:
-    """``sample`` (its index) and ``position`` of the label, for the audit table."""
-    sample, position = np.divmod(np.arange(num_samples * num_labels), num_labels)
-    return {"sample": sample, "position": position}
+def entry_columns(label: np.ndarray) -> dict[str, np.ndarray]:
+    """For the audit table of labels ``(N, L)``: ``sample`` (its index), ``position`` of the label, ``kind``.
+
+    ``kind`` is what is wrong if the entry is: ``extra`` where the label is given, ``missing`` where not.
+    """
+    sample, position = np.divmod(np.arange(label.size), label.shape[1])
+    kind = np.where(label.ravel() > 0, "extra", "missing").astype(object)
+    return {"sample": sample, "position": position, "kind": kind}
+
+
+def label_rates(frame: pd.DataFrame, calibrated: bool = True) -> pd.DataFrame:
+    """What is extra and missing of each label, from the audit table of the entries.
+
+    Args:
+        frame: an audit table.
+        calibrated: see :func:`~lightning_nrml.audit.table.class_noise`.
+
+    Returns:
+        A row for each label: ``position``, ``label_name`` (if known), ``given`` (samples that have it),
+        ``extra`` (estimated share of these that should not), ``missing`` (share of the *others* that should),
+        ``suspected_extra`` and ``suspected_missing`` (counts) and, where the truth is known, ``true_extra``
+        and ``true_missing``. A share of no samples is NaN.
+    """
+    import pandas as pd
+
+    noise = class_noise(frame, calibrated)
+    position = np.unique(frame["position"].to_numpy())
+    suspected = frame[(frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])]
+    count = suspected["label"].value_counts()
+    kinds = (("extra", 2 * position + 1), ("missing", 2 * position))
+    columns = {"position": position}
+    if "label_name" in frame.columns:
+        first = frame.drop_duplicates("position").set_index("position").loc[position]
+        lacks = first["label"] % 2 == 0  # "no car"
+        columns["label_name"] = first["label_name"].where(~lacks, first["label_name"].str[3:]).to_numpy()
+    columns["given"] = noise["count"].reindex(kinds[0][1], fill_value=0).to_numpy()
+    columns |= {kind: noise["wrong"].reindex(code).to_numpy() for kind, code in kinds}
+    columns |= {f"suspected_{kind}": count.reindex(code, fill_value=0).to_numpy() for kind, code in kinds}
+    if "clean_label" in frame.columns:
+        columns |= {f"true_{kind}": noise["truth"].reindex(code).to_numpy() for kind, code in kinds}
+    return pd.DataFrame(columns)
 
 
 def corrected_samples(corrected: pd.DataFrame, data: AuditData) -> pd.DataFrame:
@@ -80,3 +118,44 @@ def corrected_samples(corrected: pd.DataFrame, data: AuditData) -> pd.DataFrame:
     table = pd.DataFrame({**first, **{name: value[:, c] for c, name in enumerate(names)}})
     named = np.asarray(names, dtype=object)
     return table.assign(doubted=[";".join(named[row]) for row in dropped])
+
+
+def reviewed_entries(review: str | os.PathLike[str], data: AuditData) -> pd.DataFrame | None:
+    """The marks in a label table that a report of multi-label data saved, as rows for single entries.
+
+    Args:
+        review: CSV with ``path`` or ``index``, a column for each label, ``doubted`` and ``marks``, such as
+            ``3:wrong 7:right`` (positions of labels).
+        data: the samples.
+
+    Returns:
+        ``index`` (entry), ``label``, ``keep``, ``mark``; ``None`` if the file has no column ``marks``: it has
+        a row for each entry itself.
+
+    Raises:
+        ValueError: an image, a mark or a label that is not known; names the row.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(review, keep_default_na=False, dtype={"path": str})
+    if "marks" not in table.columns:
+        return None
+    rows, labels = data.label.shape
+    names = data.class_names or [str(c) for c in range(labels)]
+    key = "path" if "path" in table.columns else "index"
+    known = {name: i for i, name in enumerate(data.paths or [])} if key == "path" else range(rows)
+    out = []
+    for line, (name, marks) in enumerate(zip(table[key].tolist(), table["marks"].astype(str), strict=True)):
+        for text in marks.split():
+            position, _, mark = text.partition(":")
+            c = int(position) if position.isdecimal() else labels
+            if name not in known or c >= labels or mark not in MARKS or names[c] not in table.columns:
+                raise ValueError(
+                    f"review '{review}', row {line}: mark '{text}' of image '{name}' does not fit the data; "
+                    "it is of another run, or was edited"
+                )
+            sample = known[name]
+            value = int(table[names[c]].iloc[line])
+            keep = mark != "wrong" or value != int(data.label[sample, c])
+            out.append((sample * labels + c, 2 * c + value, keep, mark))
+    return pd.DataFrame(out, columns=["index", "label", "keep", "mark"])

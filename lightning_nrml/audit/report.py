@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_nrml.audit.neighbours import Neighbours
+from lightning_nrml.audit.table import class_noise
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 Images = Callable[[np.ndarray], np.ndarray]
 
 TEMPLATE = Path(__file__).with_name("report.html")
-_ALL_LABELS = 1_000_000
+_ALL_LABELS, _ALL_PATHS = 1_000_000, 50_000
 _CLASSES, _PAIRS, _MATRIX, _BINS, _CURVE = 200, 60, 20, 40, 200
 _SIDE, _SMALL = 96, 48
 
@@ -42,15 +45,18 @@ class ReportFacts:
         noise_rate: estimated share of wrong labels; NaN = none.
         calibrated: ``log_p_clean`` holds real probabilities (not a filter's relative scores).
         neighbours: index -> its nearest trusted samples as ``(index, cosine)``.
-        counted: the first tiles, what there is how many of; default samples and classes.
+        labels: labels of each sample, of multi-label data: the table's rows are its entries then (see
+            :mod:`lightning_nrml.audit.labels`), and so are ``neighbours``. 1 = one class per sample.
+        sample_paths: of multi-label data the images, so that the page can save a label table.
     """
 
     title: str = "Label audit"
     facts: dict[str, str] = field(default_factory=dict)
     noise_rate: float = float("nan")
     calibrated: bool = True
-    neighbours: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    counted: dict[str, int] | None = None
+    neighbours: Neighbours = field(default_factory=dict)
+    labels: int = 1
+    sample_paths: list[str] | None = None
 
 
 def write_report(
@@ -99,14 +105,16 @@ def page_data(
     rows: int,
 ) -> dict[str, Any]:
     """What the page's script reads, as plain JSON values."""
-    shown = _doubtful(frame).head(max(rows, gallery))
-    thumbs, small = ({}, False) if images is None else _thumbnails(shown.head(gallery), facts, images)
+    shown = shown_rows(frame, max(rows, gallery))
+    thumbs, small = ({}, False) if images is None else _thumbnails(shown_rows(frame, gallery), facts, images)
     label_by_index = frame.set_index("index")["label"].sort_index()
     records = _records(shown, facts, label_by_index)
     curve = _curve(frame)
     labels = label_by_index.to_numpy()
     whole = len(labels) <= _ALL_LABELS and int(label_by_index.index[-1]) == len(labels) - 1
     identity = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()[:12]
+    many, paths = facts.labels > 1, facts.sample_paths
+    wide = many and whole and (paths is None or len(paths) <= _ALL_PATHS)
     return {
         "id": f"{identity}-{len(labels)}",
         "title": facts.title,
@@ -118,8 +126,11 @@ def page_data(
         "rows": records,
         "thumbs": thumbs,
         "pixelated": small,
-        "classes": _classes(frame, facts.calibrated),
-        **_confusion(frame),
+        "each": facts.labels,
+        "wide": wide,
+        "paths": paths if wide else None,
+        "classes": _classes(frame, facts.calibrated, facts.labels),
+        **_confusion(frame, matrix=not many),
         "hist": _histogram(frame, facts.calibrated),
         "pr": curve,
         "labels": ",".join(map(str, labels.tolist())) if whole else None,
@@ -129,6 +140,21 @@ def page_data(
 def _doubtful(frame: pd.DataFrame) -> pd.DataFrame:
     """Samples whose label is judged at all, in the order of their rank."""
     return frame[frame["log_p_clean"].notna()]
+
+
+def _differ(frame: pd.DataFrame) -> pd.Series:
+    """Where another class than the given one is suggested."""
+    return (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])
+
+
+def shown_rows(frame: pd.DataFrame, rows: int) -> pd.DataFrame:
+    """The first rows; of multi-label data also what else is suspected of the same samples."""
+    judged = _doubtful(frame)
+    first = judged.head(rows)
+    if "sample" not in judged.columns:
+        return first
+    also = _differ(judged) & judged["sample"].isin(first["sample"])
+    return judged[also | judged["rank"].isin(first["rank"])]
 
 
 def _number(value: Any, digits: int = 4) -> float | None:
@@ -163,14 +189,16 @@ def _records(shown: pd.DataFrame, facts: ReportFacts, label: pd.Series) -> list[
 
 def _thumbnails(shown: pd.DataFrame, facts: ReportFacts, images: Images) -> tuple[dict[str, str], bool]:
     """Data URIs by sample index, decoded 64 at a time; and whether the images are tiny."""
-    suspects = shown["index"].tolist()
-    near = {i for s in suspects for i, _ in facts.neighbours.get(int(s), [])} - set(suspects)
+    each = facts.labels
+    suspects = (shown["index"] // each).unique().tolist()
+    around = (facts.neighbours.get(int(s), []) for s in shown["index"])
+    near = {i // each for found in around for i, _ in found} - set(suspects)
     found: dict[str, str] = {}
     pixelated = False
     for indices, side in ((suspects, _SIDE), (sorted(near), _SMALL)):
         for start in range(0, len(indices), 64):
             chunk = np.asarray(indices[start : start + 64], dtype=np.int64)
-            for index, pixels in zip(chunk.tolist(), images(chunk), strict=True):
+            for index, pixels in zip(chunk.tolist(), images(chunk * each), strict=True):
                 found[str(index)] = thumbnail(pixels, side)
                 pixelated |= max(pixels.shape[1:]) <= 40
     return found, pixelated
@@ -195,52 +223,52 @@ def thumbnail(pixels: np.ndarray, side: int = _SIDE) -> str:
 
 
 def _tiles(frame: pd.DataFrame, facts: ReportFacts, curve: dict[str, Any] | None) -> list[list[str]]:
-    counted = facts.counted or {"samples": len(frame), "classes": frame["label"].nunique()}
-    tiles = [[name, f"{count:,}"] for name, count in counted.items()]
+    tiles = [["samples", f"{len(frame) // facts.labels:,}"]]
+    if facts.labels == 1:
+        tiles.append(["classes", f"{frame['label'].nunique():,}"])
+    else:
+        tiles.append(["labels of each", f"{facts.labels:,}"])
     if np.isfinite(facts.noise_rate):
         tiles.append(["estimated wrong labels", f"{facts.noise_rate:.1%}"])
-    differ = (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])
-    tiles.append(["another class suggested", f"{int(differ.sum()):,}"])
+    differ = frame[_differ(frame)]
+    if facts.labels == 1:
+        tiles.append(["another class suggested", f"{len(differ):,}"])
+    else:
+        extra = int((differ["label"] % 2).sum())
+        tiles.append(["suspected missing + extra", f"{len(differ) - extra:,} + {extra:,}"])
     if curve is not None:
         tiles.append(["really wrong (truth known)", f"{curve['rate']:.1%}"])
         tiles.append(["AUROC of the ranking", f"{curve['auroc']:.3f}"])
     return tiles
 
 
-def _classes(frame: pd.DataFrame, calibrated: bool) -> list[list[Any]]:
+def _classes(frame: pd.DataFrame, calibrated: bool, labels: int) -> list[list[Any]]:
     """``[class, samples, estimated noise, true noise]`` of the noisiest classes."""
-    import pandas as pd
-
-    if calibrated:
-        wrong = 1 - np.exp(frame["log_p_clean"].to_numpy(np.float64))
-    else:
-        wrong = (~frame["keep"]).to_numpy(np.float64)
-    columns = {"label": frame["label"], "wrong": wrong, "count": 1.0}
-    if "clean_label" in frame.columns:
-        columns["truth"] = (frame["clean_label"] != frame["label"]).astype(np.float64)
-    grouped = pd.DataFrame(columns).groupby("label")
-    table = grouped.mean().assign(count=grouped["count"].sum()).sort_values("wrong", ascending=False)
-    table = table.head(_CLASSES)
-    truth = table.get("truth", pd.Series(np.nan, index=table.index))
+    table = class_noise(frame, calibrated)
+    worst = table["wrong"].groupby(table.index // 2 if labels > 1 else table.index).transform("max")
+    table = table.assign(worst=worst).sort_values("worst", ascending=False, kind="stable")
+    table = table.head(_CLASSES * (2 if labels > 1 else 1))
     return [
         [int(c), int(n), _number(w), _number(t)]
-        for c, n, w, t in zip(table.index, table["count"], table["wrong"], truth, strict=True)
+        for c, n, w, t in zip(table.index, table["count"], table["wrong"], table["truth"], strict=True)
     ]
 
 
-def _confusion(frame: pd.DataFrame) -> dict[str, Any]:
-    """The commonest pairs given -> suggested where they differ; the whole matrix for few classes."""
+def _confusion(frame: pd.DataFrame, matrix: bool) -> dict[str, Any]:
+    """The commonest pairs given -> suggested where they differ; if wanted, the matrix for few classes."""
     given, suggested = frame["label"].to_numpy(), frame["suggested_label"].to_numpy()
-    differ = (suggested >= 0) & (suggested != given)
+    differ = _differ(frame).to_numpy()
     pairs, count = np.unique(np.stack([given[differ], suggested[differ]], 1), axis=0, return_counts=True)
     top = np.argsort(-count, kind="stable")[:_PAIRS]
     size = int(max(given.max(), suggested.max())) + 1
-    matrix = None
-    if size <= _MATRIX:
+    square = None
+    if matrix and size <= _MATRIX:
         square = np.zeros((size, size), dtype=np.int64)
         square[pairs[:, 0], pairs[:, 1]] = count
-        matrix = square.tolist()
-    return {"pairs": [[*pairs[i].tolist(), int(count[i])] for i in top], "matrix": matrix}
+    return {
+        "pairs": [[*pairs[i].tolist(), int(count[i])] for i in top],
+        "matrix": None if square is None else square.tolist(),
+    }
 
 
 def _histogram(frame: pd.DataFrame, calibrated: bool) -> dict[str, Any]:

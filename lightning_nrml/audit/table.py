@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Rule = Literal["drop", "relabel"]
-TABLE, CORRECTED = "audit", "labels_corrected"
+TABLE, CORRECTED, RATES = "audit", "labels_corrected", "audit_rates"
 MARKS = ("wrong", "right", "unsure")
 
 
@@ -29,6 +29,7 @@ def audit_table(
     path: Sequence[str] | None = None,
     clean_label: np.ndarray | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    order: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """The table, most suspicious sample first.
 
@@ -41,6 +42,7 @@ def audit_table(
         path: N names of images.
         clean_label: ``(N,)`` true class ids, -1 = unknown.
         extra: further columns ``(N,)``, such as ``times_seen``, ``times_dropped``, ``epoch_3``.
+        order: ``(N,)`` positions, most suspicious first; default by ``log_p_clean``.
 
     Returns:
         Columns ``index``, ``rank`` (1 = most suspicious), ``path``, ``label``, ``label_name``,
@@ -51,7 +53,8 @@ def audit_table(
 
     label, suggested = np.asarray(label), np.asarray(suggested)
     log_p_clean = np.asarray(log_p_clean, dtype=np.float32)
-    order = np.argsort(log_p_clean, kind="stable")  # NumPy sorts NaN last
+    if order is None:
+        order = np.argsort(log_p_clean, kind="stable")  # NumPy sorts NaN last
     columns: dict[str, Any] = {"index": order, "rank": np.arange(1, len(order) + 1)}
     if path is not None:
         columns["path"] = np.asarray(path, dtype=object)[order]
@@ -69,24 +72,24 @@ def audit_table(
     return pd.DataFrame(columns)
 
 
-def from_ledger(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The audit table of a run's ``noise_ledger.parquet`` or ``.csv``: the filter's own mean scores.
+def class_noise(frame: pd.DataFrame, calibrated: bool) -> pd.DataFrame:
+    """Of each given class ``count``, the share of ``wrong`` labels as estimated, and in ``truth`` (or NaN).
 
-    Ranked as the ledger is: by the share of batches that dropped the sample, then by the mean score.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no ledger; names the missing column.
+    Args:
+        frame: an audit table.
+        calibrated: its ``log_p_clean`` holds real probabilities; else the labels not kept count as wrong.
     """
-    frame = read_label_table(path)
-    for column in ("mean_log_p_clean", "suggested_label", "times_seen", "times_dropped"):
-        if column not in frame.columns:
-            raise ValueError(
-                f"ledger '{path}' has no column '{column}'; give the noise_ledger.parquet or .csv of a run"
-            )
-    by_rank = frame.sort_values("rank", kind="stable").reset_index(drop=True)
-    by_rank["log_p_clean"] = by_rank["mean_log_p_clean"].astype(np.float32)
-    return by_rank.drop(columns="mean_log_p_clean")
+    import pandas as pd
+
+    if calibrated:
+        wrong = 1 - np.exp(frame["log_p_clean"].to_numpy(np.float64))
+    else:
+        wrong = (~frame["keep"]).to_numpy(np.float64)
+    truth: Any = np.nan
+    if "clean_label" in frame.columns:
+        truth = (frame["clean_label"] != frame["label"]).to_numpy(np.float64)
+    columns = {"label": frame["label"].to_numpy(), "wrong": wrong, "truth": truth, "count": 1}
+    return pd.DataFrame(columns).groupby("label").agg({"count": "sum", "wrong": "mean", "truth": "mean"})
 
 
 def corrected_labels(
@@ -96,7 +99,9 @@ def corrected_labels(
 
     A label is doubted if P_clean is under ``below`` and another class is suggested. Rule ``drop`` sets
     ``keep`` to False there. Rule ``relabel`` takes the suggested class where its probability is at least
-    ``confident``, and drops the other doubted ones.
+    ``confident``, and drops the other doubted ones. A ledger has no such probability: there the labels not
+    kept are doubted, and only of multi-label data, where the opposite is the only other value, ``relabel``
+    takes the suggestion, always.
 
     Args:
         frame: an audit table.
@@ -116,7 +121,7 @@ def corrected_labels(
     for name, value in (("below", below), ("confident", confident)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is a probability in [0, 1], got {value}")
-    if rule == "relabel" and "confidence" not in frame.columns:
+    if rule == "relabel" and not {"confidence", "position"} & set(frame.columns):
         raise ValueError(
             "rule 'relabel' needs the confidence of the suggestions, which a ledger lacks: use 'drop'"
         )
@@ -127,7 +132,8 @@ def corrected_labels(
         doubted = ~frame["keep"].to_numpy(dtype=bool)
     relabel = np.zeros(len(frame), dtype=bool)
     if rule == "relabel":
-        relabel = doubted & (frame["confidence"].to_numpy() >= confident) & (suggested >= 0)
+        sure = frame["confidence"].to_numpy() >= confident if "confidence" in frame.columns else True
+        relabel = doubted & sure & (suggested >= 0)
     action = np.where(relabel, "relabelled", np.where(doubted, "dropped", "kept"))
     return _labels(frame, np.where(relabel, suggested, given), action)
 
@@ -142,17 +148,20 @@ def _labels(frame: pd.DataFrame, label: np.ndarray, action: np.ndarray) -> pd.Da
     return table.sort_values("index").reset_index(drop=True)
 
 
-def apply_review(table: pd.DataFrame, review: str | os.PathLike[str]) -> pd.DataFrame:
+def apply_review(
+    table: pd.DataFrame, review: str | os.PathLike[str], seen: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Lay the marks of a person (the report's export) over a corrected table; they win.
 
     Args:
         table: from :func:`corrected_labels`.
         review: CSV with ``index``, ``label``, ``keep`` and ``mark``; rows without a mark do not count.
+        seen: such a table, read from ``review`` already.
 
     Raises:
         ValueError: a column is missing, or an index is not in the table.
     """
-    seen = read_label_table(review)
+    seen = read_label_table(review) if seen is None else seen
     for column in ("index", "keep", "mark"):
         if column not in seen.columns:
             raise ValueError(

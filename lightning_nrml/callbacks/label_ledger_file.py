@@ -17,34 +17,33 @@ KINDS = ("missing", "extra")
 
 
 def label_frame(ledger: LabelLedger, datamodule: Any) -> pd.DataFrame:
-    """Table with one row for each label that was dropped at least once, most suspicious first.
+    """Table with one row for each label of each sample, given or not, most suspicious first.
 
     Columns: ``rank``, ``index``, ``path`` (if known), ``label`` (its position), ``label_name``, ``given`` (0
-    or 1), ``kind`` (``extra`` = given but doubted, ``missing`` = not given but suspected), ``log_p_clean``
-    (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep`` (False if it was dropped
-    more often than kept) and, where the truth is known, ``clean``. The rank goes by the share of batches
-    that dropped the label, then by the mean score.
+    or 1), ``kind`` (``extra`` = it is given and may be too much, ``missing`` = it is not given and may be
+    lost), ``log_p_clean`` (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep``
+    (False if it was dropped more often than kept) and, where the truth is known, ``clean``. The rank goes by
+    the share of batches that dropped the label, then by the mean score. Words are categories: millions of
+    rows stay small.
     """
     import pandas as pd
 
     given = datamodule.train_label.cpu().numpy()
     dropped, seen = ledger.label_dropped.cpu().numpy(), ledger.seen.cpu().numpy()
-    row, column = np.nonzero(dropped)
-    mean = ledger.label_mean_score().cpu().numpy()[row, column]
-    share = dropped[row, column] / seen[row].clip(min=1)
-    order = np.lexsort((mean, -share))  # NumPy sorts NaN last
-    row, column = row[order], column[order]
-    names = label_names(datamodule, ledger.num_labels)
+    mean = ledger.label_mean_score().cpu().numpy()
+    share = dropped / seen.clip(min=1)[:, None]
+    order = np.lexsort((mean.ravel(), -share.ravel()))  # NumPy sorts NaN last
+    row, column = np.divmod(order, ledger.num_labels)
     columns: dict[str, Any] = {"rank": np.arange(1, len(row) + 1), "index": row}
     if datamodule.train_paths is not None:
-        columns["path"] = np.asarray(datamodule.train_paths, dtype=object)[row]
+        columns["path"] = _words(datamodule.train_paths, row)
     columns |= {
         "label": column,
-        "label_name": np.asarray(names, dtype=object)[column],
+        "label_name": _words(label_names(datamodule, ledger.num_labels), column),
         "given": given[row, column],
-        "kind": np.asarray(KINDS, dtype=object)[given[row, column]],
+        "kind": _words(KINDS, given[row, column]),
         "log_p_clean": ledger.label_last_score.float().cpu().numpy()[row, column],
-        "mean_log_p_clean": mean[order],
+        "mean_log_p_clean": mean[row, column],
         "times_seen": seen[row],
         "times_dropped": dropped[row, column].astype(np.int64),
         "keep": ~ledger.doubted().cpu().numpy()[row, column],
@@ -53,6 +52,14 @@ def label_frame(ledger: LabelLedger, datamodule: Any) -> pd.DataFrame:
     if clean is not None:
         columns["clean"] = clean.cpu().numpy()[row, column]
     return pd.DataFrame(columns)
+
+
+def _words(words: Sequence[str], at: np.ndarray) -> pd.Categorical:
+    """``words[at]``."""
+    import pandas as pd
+
+    different, code = np.unique(np.asarray(words, dtype=object), return_inverse=True)
+    return pd.Categorical.from_codes(code[at], different)
 
 
 def label_names(datamodule: Any, num_labels: int) -> list[str]:

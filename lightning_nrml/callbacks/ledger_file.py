@@ -75,7 +75,8 @@ def _suggested(ledger: SampleLedger, datamodule: Any) -> list[Any]:
 def write_ledger(ledger: SampleLedger, datamodule: Any, folder: Path) -> Path:
     """Write ``noise_ledger.parquet`` and ``noise_ledger.csv``, each atomically; returns the CSV's path.
 
-    Of multi-label data there is also ``noise_ledger_labels``, see :func:`label_frame`.
+    Of multi-label data there is also ``noise_ledger_labels``, see :func:`label_frame`: every label in the
+    parquet, which ``nrml audit --ledger`` reads, and in the CSV those that were ever dropped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     frames = {"noise_ledger": ledger_frame(ledger, datamodule)}
@@ -87,6 +88,7 @@ def write_ledger(ledger: SampleLedger, datamodule: Any, folder: Path) -> Path:
             if suffix == "parquet":
                 frame.to_parquet(part, index=False)
             else:
-                frame.to_csv(part, index=False)
+                short = frame[frame["times_dropped"] > 0] if stem.endswith("labels") else frame
+                short.to_csv(part, index=False)
             os.replace(part, target)
     return folder / "noise_ledger.csv"

@@ -28,7 +28,8 @@ class NoiseReport(Callback):
     (see :mod:`lightning_nrml.audit.scores`); of multi-label data every label of every sample, given or not
     (see :mod:`lightning_nrml.audit.labels`). If a noise filter ran, the table also has its ledger and its
     score of each sample after each of the last epochs. With a W&B logger, the most suspicious samples
-    (with images), the confusion and the estimated noise rate are logged as ``audit/*``.
+    (with images), the confusion (of multi-label data the extra and missing rates of each label) and the
+    estimated noise rate are logged as ``audit/*``.
 
     Args:
         folder: where to write; default ``audit`` in the trainer's ``default_root_dir``.
@@ -150,7 +151,7 @@ def audit_data(datamodule: Any) -> AuditData:
         datamodule.class_names,
         datamodule.train_paths,
         datamodule.train_clean_label,
-        lambda rows: images.get(rows.tolist()).numpy(),
+        lambda rows: images.pictures(rows.tolist()).numpy(),
     )
 
 
@@ -178,16 +179,24 @@ def summary_lines(result: AuditResult) -> list[str]:
     """What was found, for a person."""
     action = result.corrected["action"].value_counts()
     done = ", ".join(f"{action[a]} {a}" for a in ("kept", "relabelled", "dropped") if a in action)
-    return [
+    if result.rates is not None and "dropped" in action:
+        done += " (they stay as given, named under 'doubted')"
+    lines = [
         f"Label audit: an estimated {result.noise_rate:.1%} of {len(result.table)} labels are wrong",
         f"report           {result.files['report']}",
         f"audit table      {result.files['table']} (and .parquet)",
         f"corrected labels {result.files['corrected']} (and .parquet): {done}",
     ]
+    if result.rates is not None:
+        lines.insert(3, f"rates by label   {result.files['rates']}")
+    return lines
 
 
 def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> None:
-    """``audit/suspects`` (table with images), ``audit/confusion`` and ``audit/noise_rate``."""
+    """``audit/suspects`` (table with images), ``audit/confusion`` and ``audit/noise_rate``.
+
+    Of multi-label data ``audit/label_rates`` instead of the confusion: what is extra and missing by label.
+    """
     import wandb
 
     top = result.table.head(_WANDB_ROWS)
@@ -201,13 +210,16 @@ def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> N
             [wandb.Image(np.ascontiguousarray(image.transpose(1, 2, 0))), *row]
             for image, row in zip(bands, rows, strict=True)
         ]
-    differ = result.table[result.table["suggested_label"] != result.table["label"]]
-    pairs = differ.groupby(["label", "suggested_label"]).size().reset_index(name="count")
-    pairs = pairs.sort_values("count", ascending=False).head(1000)
+    if result.rates is None:
+        differ = result.table[result.table["suggested_label"] != result.table["label"]]
+        pairs = differ.groupby(["label", "suggested_label"]).size().reset_index(name="count")
+        overview = {"audit/confusion": pairs.sort_values("count", ascending=False).head(1000)}
+    else:
+        overview = {"audit/label_rates": result.rates}
     logger.experiment.log(
         {
             "audit/suspects": wandb.Table(columns=columns, data=rows),
-            "audit/confusion": wandb.Table(dataframe=pairs),
+            **{name: wandb.Table(dataframe=frame) for name, frame in overview.items()},
             "audit/noise_rate": result.noise_rate,
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,20 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nrml audit", description="Audit from a noise ledger. See also: nrml audit --help (checkpoint)."
     )
-    parser.add_argument("--ledger", required=True, help="noise_ledger.parquet or .csv, or the run's folder")
+    parser.add_argument(
+        "--ledger",
+        required=True,
+        help="the run's folder, or a ledger in it; of a multi-label run noise_ledger_labels.parquet",
+    )
     parser.add_argument("--out", help="folder to write to; default: audit beside the ledger")
-    parser.add_argument("--images", help="folder that the ledger's paths are relative to, for thumbnails")
+    parser.add_argument("--images", help="folder that the ledger's images are in, for thumbnails")
     parser.add_argument("--gallery", type=int, default=200, help="samples with images in the report")
+    parser.add_argument(
+        "--rule",
+        choices=("drop", "relabel"),
+        default="drop",
+        help="what happens to doubted labels; a ledger can relabel those of multi-label data only",
+    )
     parser.add_argument("--review", help="CSV that was saved from a report; its marks win")
     parsed = parser.parse_args(list(args))
     try:
@@ -33,24 +44,16 @@ def main(args: Sequence[str]) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from lightning_nrml.audit import AuditData, AuditOptions, audit_ledger, from_ledger
+    from lightning_nrml.audit import AuditOptions, audit_ledger
 
     ledger = find_ledger(Path(parsed.ledger))
-    options = AuditOptions(gallery=parsed.gallery, review=parsed.review)
-    data = None
-    if parsed.images is not None:
-        import torch
-
-        frame = from_ledger(ledger).sort_values("index")
-        if "path" not in frame.columns:
-            raise UserError(f"--images: the ledger {ledger} has no paths; leave out --images.")
-        paths = [Path(parsed.images, p) for p in frame["path"]]
-        label = torch.from_numpy(frame["label"].to_numpy(copy=True))
-        data = AuditData(label, int(label.max()) + 1, images=lambda rows: _load(paths, rows))
+    options = AuditOptions(rule=parsed.rule, gallery=parsed.gallery, review=parsed.review)
+    pixels = None if parsed.images is None else partial(_load, Path(parsed.images))
     folder = Path(parsed.out) if parsed.out else ledger.parent / "audit"
-    result = audit_ledger(ledger, folder, options, data)
-    for name in ("report", "table", "corrected"):
-        print(f"{name:<10} {result.files[name]}")
+    result = audit_ledger(ledger, folder, options, pixels)
+    for name in ("report", "table", "rates", "corrected"):
+        if name in result.files:
+            print(f"{name:<10} {result.files[name]}")
     return 0
 
 
@@ -69,8 +72,12 @@ def find_ledger(path: Path) -> Path:
     return found
 
 
-def _load(paths: list[Path], rows: np.ndarray) -> np.ndarray:
+def _load(root: Path, names: list[str]) -> np.ndarray:
     """uint8 ``(n, 3, 96, 96)``."""
-    from lightning_nrml.data.sources import FileSource
+    from lightning_nrml.data.multilabel_tables import find_images
+    from lightning_nrml.data.sources import PICTURE, BadImageError, FileSource
 
-    return FileSource([paths[i] for i in rows], image_size=96).get(range(len(rows))).numpy()
+    try:
+        return FileSource(find_images(names, root), 3, PICTURE).get(range(len(names))).numpy()
+    except BadImageError as error:
+        raise UserError(f"--images {root} does not fit the ledger: {error}") from error

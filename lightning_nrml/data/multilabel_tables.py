@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+#: columns that an audit writes beside the labels
+REMARKS = ("doubted", "marks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,9 @@ def read_multilabel_table(
 
     Args:
         path: ``.csv``, ``.parquet``, or tab separated ``.txt`` / ``.tsv`` (UC Merced's).
-        image_column: column of the images; default the first.
-        label_columns: columns of the labels; default all others but the one of the splits.
+        image_column: column of the images; default the first, and in a table of an audit ``path``.
+        label_columns: columns of the labels; default all others but the one of the splits and an audit's
+            remarks (``doubted``, ``marks``).
         split_column: column of the splits; not needed.
 
     Raises:
@@ -59,8 +62,9 @@ def read_multilabel_table(
     frame = _read(path)
     columns = [str(c) for c in frame.columns]
     frame.columns = columns  # type: ignore[assignment]
-    image_column = columns[0] if image_column is None else image_column
-    names = [c for c in columns if c not in (image_column, split_column)]
+    audited = image_column not in columns and columns[0] == "path"
+    image_column = columns[0] if image_column is None or audited else image_column
+    names = [c for c in columns if c not in (image_column, split_column, *REMARKS)]
     names = names if label_columns is None else list(label_columns)
     for column in (image_column, *names):
         if column not in columns:

@@ -13,6 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 
 Fit = Literal["crop", "squash"]
 _DECODE_THREADS = 4
+#: pixels, a side of an image that people can recognise something in
+PICTURE = 96
 # what Pillow's decoders raise on damaged files
 DECODE_ERRORS = (
     OSError,
@@ -65,6 +68,16 @@ class ImageSource(ABC):
             BadImageError: an image is missing or corrupt.
         """
 
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """The same for people to look at: uint8, physical values stretched band by band."""
+        images = self.get(indices)
+        if images.dtype == torch.uint8 or not len(images):
+            return images
+        flat = images.flatten(2).float().nan_to_num()
+        low, high = (torch.quantile(flat, q, dim=2)[..., None, None] for q in (0.02, 0.98))
+        bright = (images.float().nan_to_num() - low) / (high - low).clamp_min(1e-12)
+        return (255 * bright.clamp(0, 1)).to(torch.uint8)
+
     @abstractmethod
     def subset(self, rows: np.ndarray) -> ImageSource:
         """The source restricted to ``rows`` (int64 positions), in that order."""
@@ -84,9 +97,12 @@ class MemorySource(ImageSource):
     Args:
         images: uint8 or float32 ``(N, C, H, W)``.
         bad: row -> message for images that could not be decoded (their pixels are meaningless).
+        origin: where they came from, for :meth:`pictures` of the first size.
     """
 
-    def __init__(self, images: Tensor, bad: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, images: Tensor, bad: Mapping[int, str] | None = None, origin: ImageSource | None = None
+    ) -> None:
         if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
             raise TypeError(
                 f"images must be uint8 (N, C, H, W), or float32 for rasters; got {images.dtype} "
@@ -95,6 +111,7 @@ class MemorySource(ImageSource):
         self.images = images
         self.dtype = images.dtype
         self.bad = dict(bad or {})
+        self.origin = origin
         self.channels = images.shape[1]
         self.size = (images.shape[2], images.shape[3])
 
@@ -110,7 +127,12 @@ class MemorySource(ImageSource):
 
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
-        return MemorySource(self.images[torch.as_tensor(rows, dtype=torch.int64)], bad)
+        origin = None if self.origin is None else self.origin.subset(rows)
+        return MemorySource(self.images[torch.as_tensor(rows, dtype=torch.int64)], bad, origin)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """As the origin has them."""
+        return super().pictures(indices) if self.origin is None else self.origin.pictures(indices)
 
 
 class DecodingSource(ImageSource):
@@ -148,6 +170,14 @@ class DecodingSource(ImageSource):
         if not images:
             return torch.empty((0, self.channels, *(self.size or (0, 0))), dtype=torch.uint8)
         return torch.stack(images)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """Larger than the net sees them where that is too small for people."""
+        if self.size is None or max(self.size) >= PICTURE:
+            return self.get(indices)
+        larger = copy(self)
+        larger.size = tuple(PICTURE * side // max(self.size) for side in self.size)  # type: ignore[assignment]
+        return larger.get(indices)
 
     def decode(self, row: int) -> Tensor:
         """One image as uint8 ``(channels, H, W)``."""
@@ -316,7 +346,7 @@ def cached(source: ImageSource, on_bad_image: Literal["raise", "skip"] = "raise"
             images[row] = image
     if images is None:
         raise BadImageError(f"none of the {len(source)} images can be read, the first: {bad.get(0)}")
-    return MemorySource(images, bad)
+    return MemorySource(images, bad, source)
 
 
 def pixel_embedding(images: ImageSource, side: int = 16, rows: int = 1024) -> np.ndarray:

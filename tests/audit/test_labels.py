@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from sklearn.metrics import roc_auc_score
 from lightning_nrml.audit import (
     AuditData,
     AuditOptions,
+    ReportFacts,
     apply_review,
     audit,
     audit_label_scores,
     audit_scores,
 )
-from lightning_nrml.audit.labels import corrected_samples, label_entries
+from lightning_nrml.audit.labels import corrected_samples, label_entries, reviewed_entries
+from lightning_nrml.audit.report import page_data
 from lightning_nrml.callbacks import MultiLabelPRISM, NoiseReport
 from lightning_nrml.data.multilabel_noise import multilabel
 from lightning_nrml.data.multilabel_tables import read_multilabel_table
@@ -154,7 +157,60 @@ def test_report_tells_of_each_label_what_is_extra_and_missing(found, scene):
             want = float((clean[own, c] != value).float().mean())
             assert rates[2 * c + value] == pytest.approx(want, abs=1e-3)
     assert page["pr"]["auroc"] > 0.9
-    assert all(str(r["index"]) in page["thumbs"] for r in page["rows"][:40])
+    assert all(str(r["index"] // L) in page["thumbs"] for r in page["rows"][:40])
+
+
+def test_neighbours_are_the_nearest_that_look_like_having_and_like_lacking_the_label(found, scene):
+    result, _ = found
+    z, given, _ = scene
+    row = torch.nn.functional.normalize(z, dim=1)
+    by_entry = result.table.sort_values("index")
+    trusted = (np.exp(by_entry["log_p_clean"]) >= 0.5) & (by_entry["suggested_label"] == by_entry["label"])
+    trusted = torch.from_numpy(trusted.to_numpy(copy=True).reshape(N, L))
+    head = result.table.head(40)
+    differ = result.table[result.table["suggested_label"] != result.table["label"]]
+    company = differ[differ["sample"].isin(head["sample"])]["index"]
+    assert set(result.neighbours) == {*head["index"], *company}
+    for entry, near in result.neighbours.items():
+        i, c = divmod(entry, L)
+        cosine = row @ row[i]
+        cosine[i] = -9  # not itself
+        want = []
+        for value in (1, 0):
+            own = torch.where(trusted[:, c] & (given[:, c] == value), cosine, -9.0)
+            want += [(int(j) * L + c, float(own[j])) for j in own.topk(4).indices]
+        assert [n for n, _ in near] == [n for n, _ in want]
+        np.testing.assert_allclose([s for _, s in near], [s for _, s in want], atol=1e-5)
+    page = embedded(result.files["report"])
+    for record in page["rows"][:40]:
+        c = record["index"] % L
+        assert [n[1] for n in record["near"]] == [2 * c + 1] * 4 + [2 * c] * 4
+        assert all(str(n[0] // L) in page["thumbs"] for n in record["near"])
+
+
+def test_samples_without_an_embedding_have_and_are_no_neighbours(scene, tmp_path):
+    z, given, _ = scene
+    index = torch.arange(N)[torch.arange(N) % 10 != 3]
+    result = audit(z[index], AuditData(given, L, NAMES), tmp_path, AuditOptions(gallery=30), index=index)
+    assert {i // L % 10 for near in result.neighbours.values() for i, _ in near} == set(range(10)) - {3}
+    assert all(i // L % 10 != 3 for i in result.neighbours)
+    last = result.table.tail(N // 10 * L)
+    assert (last["sample"] % 10 == 3).all()
+    assert last["log_p_clean"].isna().all()
+
+
+def test_report_has_all_suspected_labels_of_the_images_it_shows(scene, tmp_path):
+    z, given, _ = scene
+    result = audit(z, AuditData(given, L, NAMES), tmp_path, AuditOptions(gallery=10))
+    page = page_data(
+        result.table, ReportFacts(labels=L), None, label_entries(AuditData(given, L)).class_names, 10, 10
+    )
+    held = [r["index"] for r in page["rows"]]
+    assert held[:10] == result.table["index"].head(10).tolist()
+    differ = result.table[result.table["suggested_label"] != result.table["label"]]
+    shown = set(result.table["sample"].head(10))
+    assert set(held[10:]) == set(differ[differ["sample"].isin(shown)]["index"]) - set(held[:10])
+    assert held[10:]
 
 
 def test_at_the_end_of_a_fit_with_the_filters_ledger(tmp_path):
@@ -180,31 +236,97 @@ def test_entries_hide_nothing_of_unnamed_data():
     assert described.images is described.paths is described.clean_label is None
 
 
+CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.index)"
+
+
+def choose(page, field: str, value: str) -> list[int]:
+    page.run(
+        f"(() => {{ const s = document.getElementById('{field}'); s.value = '{value}'; "
+        "s.dispatchEvent(new Event('input')); document.activeElement.blur(); })()"
+    )
+    return page.run(CARDS)
+
+
 @pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium found (set CHROMIUM to its path, or apt install chromium)"
 )
 @pytest.mark.timeout(600)
-def test_in_a_browser(found, tmp_path):
-    result, _ = found
-    cards = "[...document.querySelectorAll('.card')].map(c => +c.dataset.index)"
+def test_in_a_browser(found, scene, tmp_path):
+    result, described = found
+    table = result.table
+    differ = table[table["suggested_label"] != table["label"]]
+    at = "document.querySelector('.card.at').dataset.index"
     with browser.Browser(PROGRAM, tmp_path) as page:
-        for name, size in (("laptop", (1366, 768)), ("phone", (390, 844))):
-            page.size(*size, phone=name == "phone")
-            page.open(result.files["report"])
-            assert page.run(cards) == result.table["index"].head(24).tolist()
-            assert page.run("document.documentElement.scrollWidth <= innerWidth")
-            assert page.run("document.images.length >= 24")
-            page.screenshot(tmp_path / f"{name}.png")
-        first = result.table.iloc[0]
-        shown = page.run("document.querySelector('.card .what').textContent")
-        assert first["label_name"] in shown
-        assert first["suggested_name"] in shown
-        assert first["path"] in shown
-        code = int(first["label"])
-        page.run(
-            f"(() => {{ const s = document.getElementById('fg'); s.value = '{code}'; "
-            "s.dispatchEvent(new Event('input')); })()"
+        page.size(1366, 768)
+        page.open(result.files["report"])
+        assert page.run(CARDS) == table["index"].head(24).tolist()
+        first = table.iloc[0]
+        kind, name, image = first["kind"], NAMES[first["position"]], f"scene{first['sample']:03d}.png"
+        shown = page.run("document.querySelector('.card').innerText")
+        for text in (f"{kind} {name}", image, f"nearest with {name}", f"nearest without {name}"):
+            assert text in shown
+        assert page.run("document.querySelector('.card').querySelectorAll('img').length") == 9
+        # filter by label and kind, search, sort
+        c = int(first["position"])
+        both = table[(table["position"] == c) & (table["kind"] == kind)].head(1000)
+        choose(page, "fg", str(c))
+        assert choose(page, "fs", str(int(kind == "extra"))) == both["index"].head(24).tolist()
+        choose(page, "fg", "")
+        choose(page, "fs", "")
+        found_here = choose(page, "q", image)
+        assert set(found_here) == set(table[table["sample"] == first["sample"]]["index"])
+        choose(page, "q", "")
+        by_image = choose(page, "sort", "index")
+        assert by_image == sorted(by_image)
+        choose(page, "sort", "rank")
+        # the rates of each label
+        rates = page.run("document.getElementById('classes').innerText")
+        for _, rate in result.rates.iterrows():
+            assert f"{100 * rate['missing']:.1f} %" in rates
+        # marks by keyboard: the first wrong, the second right
+        for key in ("w", "ArrowRight", "r"):
+            page.press(key)
+        # image by image, where the second is still chosen; arrows go by image and by label
+        page.press("i")
+        assert int(page.run(at)) == table["index"][1]
+        choose(page, "fm", "")
+        top = page.run(
+            "[...document.querySelectorAll('.group')].map(g => "
+            "[...g.querySelectorAll('.card')].map(c => +c.dataset.index))"
         )
-        same = result.table.head(1000)
-        assert page.run(cards) == same[same["label"] == code]["index"].head(24).tolist()
-        assert not page.problems
+        samples = list(dict.fromkeys(differ["sample"]))[:8]
+        assert top == [differ[differ["sample"] == s]["index"].tolist() for s in samples]
+        several = next(i for i, g in enumerate(top) if len(g) > 1)
+        for _ in range(several):
+            page.press("ArrowRight")
+        page.press("ArrowDown")
+        assert int(page.run(at)) == top[several][1]
+        page.press("ArrowRight")
+        assert int(page.run(at)) == top[several + 1][0]
+        page.press("n")
+        assert (
+            page.run(CARDS)[0]
+            == differ[differ["sample"] == list(dict.fromkeys(differ["sample"]))[8]]["index"].iloc[0]
+        )
+        page.press("u")
+        third = int(page.run(at))
+        page.size(390, 844, phone=True)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        page.press("i")
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        page.run("document.getElementById('save').click()")
+        saved = tmp_path / "labels_reviewed.csv"
+        for _ in range(300):
+            if saved.exists() and saved.stat().st_size:
+                break
+            time.sleep(0.2)
+        assert page.problems == []
+    _, given, _ = scene
+    read = read_multilabel_table(saved)
+    assert (read.images, read.names) == (described.paths, NAMES)
+    one, two = table["index"].head(2).tolist()
+    want = given.clone()
+    want[one // L, one % L] ^= 1
+    assert np.array_equal(read.label, want.numpy())
+    marks = reviewed_entries(saved, described).set_index("index")["mark"].to_dict()
+    assert marks == {one: "wrong", two: "right", third: "unsure"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,14 @@ from PIL import Image
 
 from lightning_nrml.__main__ import main
 from lightning_nrml.audit import AuditOptions
-from lightning_nrml.callbacks import PRISM, NoiseReport
+from lightning_nrml.callbacks import PRISM, MultiLabelPRISM, NoiseReport
 from lightning_nrml.callbacks.noise_report import embed_training_set
 from lightning_nrml.cli.recipes import recipe_folder
 from lightning_nrml.data import DigitsDataModule
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modules"))
+from test_multilabel import data as multilabel_data
+from test_multilabel import module as multilabel_module
 
 
 def test_report_at_the_end_of_fit(tmp_path: Path) -> None:
@@ -101,34 +106,72 @@ def finished_wandb_records(path: Path) -> list[Any]:
     raise TimeoutError(f"{path} was not finished within 30 seconds")
 
 
-def test_offline_wandb_run_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Train offline with a report; what the run's artifacts hold (and where), and the scalars it logged."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
-    logger = WandbLogger(save_dir=tmp_path, offline=True, project="audit")
-    report = NoiseReport(options=AuditOptions(gallery=5))
-    data = digits()
-    trainer(tmp_path, epochs=1, callbacks=[PRISM(), report], logger=logger).fit(module(), data)
-    folder = Path(logger.experiment.dir).parent
-    logger.experiment.finish()
-    stored: dict[str, Path] = {}  # what the run's artifacts hold, and where that lies until it is sent
-    logged = {}
-    for record in finished_wandb_records(next(folder.glob("*.wandb"))):
-        stored |= {e.path: Path(e.local_path) for e in record.artifact.manifest.contents}
-        logged |= {"/".join(i.nested_key): i.value_json for i in record.history.item}
-    table = pd.read_parquet(tmp_path / "audit" / "audit.parquet")
-    summary = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    assert float(logged["audit/noise_rate"]) == pytest.approx(summary["noise_rate"], abs=1e-6)
+
+    def train(net: Any, data: Any, noise_filter: Any) -> tuple[dict[str, Path], dict[str, str], pd.DataFrame]:
+        logger = WandbLogger(save_dir=tmp_path, offline=True, project="audit")
+        report = NoiseReport(options=AuditOptions(gallery=5))
+        trainer(tmp_path, epochs=1, callbacks=[noise_filter, report], logger=logger).fit(net, data)
+        folder = Path(logger.experiment.dir).parent
+        logger.experiment.finish()
+        stored: dict[str, Path] = {}  # where a file lies until it is sent
+        logged: dict[str, str] = {}
+        for record in finished_wandb_records(next(folder.glob("*.wandb"))):
+            stored |= {e.path: Path(e.local_path) for e in record.artifact.manifest.contents}
+            logged |= {"/".join(i.nested_key): i.value_json for i in record.history.item}
+        return stored, logged, pd.read_parquet(tmp_path / "audit" / "audit.parquet")
+
+    return train
+
+
+def check_suspects(stored: dict[str, Path], table: pd.DataFrame, data: Any, sample: str) -> dict[str, Any]:
+    """The logged suspects are the head of the table, each beside its own picture."""
     suspects = json.loads(stored["audit/suspects.table.json"].read_text())
-    at = suspects["columns"].index("index")
+    at, image = (suspects["columns"].index(column) for column in ("index", sample))
     assert suspects["columns"][0] == "image"
     assert [row[at] for row in suspects["data"]] == table["index"].head(100).tolist()
-    for row in suspects["data"]:  # beside each sample its own picture
+    for row in suspects["data"]:
         pixels = np.asarray(Image.open(stored[row[0]["path"]]))
-        assert np.array_equal(pixels, data.splits.train.images.get([row[at]])[0, 0].numpy())
+        assert np.array_equal(pixels, data.splits.train.images.get([row[image]])[0, 0].numpy())
+    return dict(suspects)
+
+
+def test_offline_wandb_run_can_be_read_back(wandb_run: Any, tmp_path: Path) -> None:
+    data = digits()
+    stored, logged, table = wandb_run(module(), data, PRISM())
+    summary = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert float(logged["audit/noise_rate"]) == pytest.approx(summary["noise_rate"], abs=1e-6)
+    check_suspects(stored, table, data, "index")
     confusion = json.loads(stored["audit/confusion.table.json"].read_text())
     differ = (table["label"] != table["suggested_label"]).sum()
     assert sum(row[2] for row in confusion["data"]) == differ
+
+
+def test_offline_wandb_run_of_multilabel_data_can_be_read_back(wandb_run: Any) -> None:
+    data = multilabel_data()
+    stored, _, table = wandb_run(multilabel_module("bce"), data, MultiLabelPRISM(warmup_steps=2))
+    suspects = check_suspects(stored, table, data, "sample")
+    kind, name = (suspects["columns"].index(column) for column in ("kind", "label_name"))
+    assert {row[kind] for row in suspects["data"]} == {"extra", "missing"}
+    assert all((row[kind] == "missing") == row[name].startswith("no ") for row in suspects["data"])
+    assert "audit/confusion.table.json" not in stored
+    rates = json.loads(stored["audit/label_rates.table.json"].read_text())
+    found = pd.DataFrame(rates["data"], columns=rates["columns"]).set_index("label_name")
+    given, wrong = data.train_label, data.train_is_noise
+    by_label = (
+        table.assign(doubt=1 - np.exp(table["log_p_clean"])).groupby(["position", "kind"])["doubt"].mean()
+    )
+    for c, label in enumerate(data.class_names):
+        assert found.loc[label, "given"] == int(given[:, c].sum())
+        for which, value in (("extra", 1), ("missing", 0)):
+            assert found.loc[label, which] == pytest.approx(by_label[c, which], abs=1e-5)
+            truth = float(wrong[given[:, c] == value, c].float().mean())
+            assert found.loc[label, f"true_{which}"] == pytest.approx(truth, abs=1e-5)
 
 
 @pytest.fixture

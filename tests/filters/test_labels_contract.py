@@ -112,7 +112,11 @@ def test_quality_of_both_kinds_is_logged_and_files_name_the_labels(tmp_path: Pat
         assert seen[f"noise/{kind}_recall"] == pytest.approx(float(caught / (wrong & own).sum()))
     assert seen["train/keep_rate"] == pytest.approx(float(weight.mean()))
     assert seen["noise/auroc"] > seen["noise/recall"] * 0.5
-    table = pd.read_parquet(tmp_path / "noise_ledger_labels.parquet")
+    whole = pd.read_parquet(tmp_path / "noise_ledger_labels.parquet")
+    assert len(whole) == dropped.numel()
+    assert (whole["index"] * LABELS + whole["label"]).is_unique
+    assert whole["keep"][int(dropped.sum()) :].all()
+    table = pd.read_csv(tmp_path / "noise_ledger_labels.csv")  # for people: what was ever dropped
     assert len(table) == int(dropped.sum())
     assert table["rank"].tolist() == list(range(1, len(table) + 1))
     at = table["index"].to_numpy(), table["label"].to_numpy()
