@@ -59,7 +59,7 @@ def _words(words: Sequence[str], at: np.ndarray) -> pd.Categorical:
     import pandas as pd
 
     different, code = np.unique(np.asarray(words, dtype=object), return_inverse=True)
-    return pd.Categorical.from_codes(code[at], different)
+    return pd.Categorical.from_codes(code[at], different.tolist())
 
 
 def label_names(datamodule: Any, num_labels: int) -> list[str]:
