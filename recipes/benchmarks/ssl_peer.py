@@ -1,0 +1,437 @@
+"""Our SimCLR, MoCo-v2, BYOL and SwAV beside lightly's, same data, net, views, optimiser and epochs.
+
+    pip install "lightning-nrml[bench]"                                          # brings lightly
+    python recipes/benchmarks/ssl_peer.py                                        # digits, no data needed
+    python recipes/benchmarks/ssl_peer.py --data DATA --settings digits caltech101
+    python recipes/benchmarks/ssl_peer.py --data DATA --time                     # only the time of a step
+
+Ours is one ``nrml fit`` of a recipe, as in ``ssl_table.py``; finished runs of that script (``--ours``) are
+not repeated. The peer is lightly's heads, losses, prototypes, memory banks and moving averages in a plain
+PyTorch loop, as lightly's examples put them together, which takes everything else from the same recipe: the
+backbone with its start weights, batches, views, optimiser, schedules and sizes. Both backbones then go
+through the same ``LinearProbe`` recipe. Results: ``docs/benchmarks/ssl_peer_runs.csv`` and the tables in
+``docs/benchmarks.md`` between their markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import multiprocessing as mp
+import os
+import re
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss
+from lightly.models.modules.heads import (
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    MoCoProjectionHead,
+    SimCLRProjectionHead,
+    SwaVProjectionHead,
+    SwaVPrototypes,
+)
+from lightly.models.modules.memory_bank import MemoryBankModule
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from ssl_table import METHODS, REPO, commands, prepare, settings
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrml.cli.app import NRMLCLI, run
+from lightning_nrml.data.views import ViewKey
+from lightning_nrml.models import cosine_tau
+from lightning_nrml.modules import BYOL, MoCo, SimCLR, SwAV
+from lightning_nrml.modules.self_supervised import SelfSupervised, TaughtModule
+from lightning_nrml.optim import create_optimizer, create_schedule
+
+SIDES = {"ours": "ours", "lightly": "lightly"}
+SETTINGS = ("digits", "caltech101")
+COLUMNS = ("knn_top1", "probe_top1", "recall@1", "map@r")
+HEADS = {"knn_top1": "kNN top-1", "probe_top1": "linear top-1", "recall@1": "Recall@1", "map@r": "MAP@R"}
+
+
+class Peer(nn.Module):
+    """A method built of lightly's parts around a copy of our module's untrained backbone.
+
+    Args:
+        ours: the module that the recipe builds: backbone and settings are taken from it.
+    """
+
+    def __init__(self, ours: SelfSupervised) -> None:
+        super().__init__()
+        self.ours = dict(ours.hparams)
+        self.backbone = copy.deepcopy(ours.backbone)
+        self.width = ours.num_features
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """The loss of one batch: ``views`` each ``(B, C, h, w)``, the ``step``-th of ``steps`` of the run."""
+        raise NotImplementedError
+
+
+class SimCLRPeer(Peer):
+    """``NTXentLoss`` and ``SimCLRProjectionHead``, the views in a pass each."""
+
+    def __init__(self, ours: SimCLR) -> None:
+        super().__init__(ours)
+        hidden = self.ours["projector_hidden"] or self.width
+        self.projection_head = SimCLRProjectionHead(
+            self.width, hidden, self.ours["projector_dim"], num_layers=self.ours["projector_layers"]
+        )
+        self.criterion = NTXentLoss(self.ours["temperature"])
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """Both views contrasted with the batch."""
+        z0, z1 = (self.projection_head(self.backbone(view)) for view in views)
+        return self.criterion(z0, z1)
+
+
+class TaughtPeer(Peer):
+    """A peer with a momentum copy of backbone and projection head."""
+
+    projection_head: nn.Module
+
+    def copy_for_momentum(self) -> None:
+        """Make the copies, once the projection head exists."""
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+
+    def move(self, step: int, steps: int) -> None:
+        """Before the forward pass, with the momentum that our module has after the step before."""
+        tau = self.ours["tau"]
+        if self.ours["tau_schedule"] == "cosine":
+            tau = cosine_tau(max(step - 1, 0), steps, tau)
+        update_momentum(self.backbone, self.backbone_momentum, m=tau)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=tau)
+
+    @torch.no_grad()
+    def target(self, view: Tensor) -> Tensor:
+        """The momentum copy's projection."""
+        return self.projection_head_momentum(self.backbone_momentum(view))
+
+
+class MoCoPeer(TaughtPeer):
+    """``NTXentLoss`` with a memory bank and ``MoCoProjectionHead``."""
+
+    def __init__(self, ours: MoCo) -> None:
+        super().__init__(ours)
+        hidden, dim = self.ours["projector_hidden"] or self.width, self.ours["projector_dim"]
+        self.projection_head = MoCoProjectionHead(self.width, hidden, dim)
+        self.criterion = NTXentLoss(self.ours["temperature"], memory_bank_size=(self.ours["queue_size"], dim))
+        self.copy_for_momentum()
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """Query of the first view, key of the second."""
+        self.move(step, steps)
+        query = self.projection_head(self.backbone(views[0]))
+        return self.criterion(query, self.target(views[1]))
+
+
+class BYOLPeer(TaughtPeer):
+    """``NegativeCosineSimilarity`` and BYOL's two heads."""
+
+    def __init__(self, ours: BYOL) -> None:
+        super().__init__(ours)
+        hidden, dim = self.ours["projector_hidden"], self.ours["projector_dim"]
+        self.projection_head = BYOLProjectionHead(self.width, hidden, dim)
+        self.prediction_head = BYOLPredictionHead(dim, hidden, dim)
+        self.criterion = NegativeCosineSimilarity()
+        self.copy_for_momentum()
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """Four times lightly's mean, the paper's scale: Adam's weight decay then weighs the same."""
+        self.move(step, steps)
+        p0, p1 = (self.prediction_head(self.projection_head(self.backbone(view))) for view in views)
+        z0, z1 = (self.target(view) for view in views)
+        return 4 * 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+
+
+class SwAVPeer(Peer):
+    """``SwaVLoss``, ``SwaVProjectionHead``, ``SwaVPrototypes`` and a memory bank per large crop."""
+
+    def __init__(self, ours: SwAV) -> None:
+        super().__init__(ours)
+        dim = self.ours["projector_dim"]
+        self.projection_head = SwaVProjectionHead(self.width, self.ours["projector_hidden"], dim)
+        self.prototypes = SwaVPrototypes(dim, self.ours["num_prototypes"], self.ours["freeze_epochs"])
+        self.criterion = SwaVLoss(
+            self.ours["temperature"], self.ours["sinkhorn_iterations"], self.ours["epsilon"]
+        )
+        size = (self.ours["queue_size"], dim)
+        self.queues = nn.ModuleList(MemoryBankModule(size) for _ in range(self.ours["large_crops"]))
+        self.queued = 0
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """Codes of the large crops, of their queues too once these are full."""
+        self.prototypes.normalize()
+        z = [F.normalize(self.projection_head(self.backbone(view)), dim=1) for view in views]
+        scores = [self.prototypes(rows, step=epoch) for rows in z]
+        large = self.ours["large_crops"]
+        return self.criterion(scores[:large], scores[large:], self.queue_scores(z[:large], epoch))
+
+    @torch.no_grad()
+    def queue_scores(self, large: list[Tensor], epoch: int) -> list[Tensor] | None:
+        """Scores of the rows of earlier batches; those of this one enter the queues."""
+        if not self.ours["queue_size"] or epoch < self.ours["queue_start_epoch"]:
+            return None
+        rows = [queue(z, update=True)[1].T for queue, z in zip(self.queues, large, strict=True)]
+        full = self.queued >= self.ours["queue_size"]
+        self.queued += len(large[0])
+        return [self.prototypes(x, step=epoch) for x in rows] if full else None
+
+
+PEERS: dict[str, tuple[type, type]] = {
+    "simclr": (SimCLR, SimCLRPeer),
+    "moco": (MoCo, MoCoPeer),
+    "byol": (BYOL, BYOLPeer),
+    "swav": (SwAV, SwAVPeer),
+}
+
+
+class Ours(nn.Module):
+    """Our own module behind the interface of :class:`Peer`, for timing and to check :func:`train`."""
+
+    def __init__(self, ours: SelfSupervised) -> None:
+        super().__init__()
+        assert not isinstance(ours, TaughtModule), "the teacher is moved by the trainer"
+        self.module, self.backbone = ours, ours.backbone
+
+    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+        """Our step's loss without any filter."""
+        rows = torch.arange(len(views[0]))
+        out = self.module.step({"image": views[0], "views": views, "label": rows, "index": rows})
+        assert out.loss_fn is not None
+        loss = out.loss_fn(None)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class Loop:
+    """The plain training loop around a peer: batches, views, optimiser and schedule are the recipe's."""
+
+    def __init__(self, cli: NRMLCLI, net: Any, epochs: int) -> None:
+        self.data, self.net = cli.datamodule, net.train()
+        self.layout = torch.channels_last if cli.model.channels_last else torch.preserve_format
+        if cli.model.channels_last:
+            net.to(memory_format=torch.channels_last)
+        self.loader = self.data.train_dataloader()
+        self.epochs, self.steps, self.done = epochs, epochs * len(self.loader), 0
+        self.optimizer = create_optimizer(cli.model.optimizer_config, net)
+        self.schedule = create_schedule(cli.model.schedule_config, self.optimizer, self.steps)
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """The images of an epoch, not yet augmented, in the order of a run of ours."""
+        self.data.train_sampler.set_epoch(epoch)
+        return [batch["image"] for batch in self.loader]
+
+    def step(self, image: Tensor, epoch: int, batch: int) -> float:
+        """One optimiser step; the views' random numbers are those of a run of ours."""
+        view = self.data._view("train", image.device)
+        views = [v.to(memory_format=self.layout) for v in view(image, ViewKey(self.data.seed, epoch, batch))]
+        loss = self.net.loss(views, epoch, self.done, self.steps)
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}, batch {batch}")
+        self.optimizer.zero_grad()
+        loss.sum().backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.done += 1
+        return float(loss)
+
+    def run(self) -> None:
+        """All epochs."""
+        for epoch in range(self.epochs):
+            losses = [self.step(image, epoch, i) for i, image in enumerate(self.batches(epoch))]
+            print(f"epoch {epoch} loss {statistics.fmean(losses):.4f}", flush=True)
+
+
+def peer_run(method: str, fit: list[str], folder: Path) -> dict[str, float]:
+    """Train a peer by the recipe of ``fit``; writes ``backbone.pt`` and returns the last epoch's metrics."""
+    cli = NRMLCLI(fit[1:], run=False)
+    net = PEERS[method][1](cli.model)
+    Loop(cli, net, cli.trainer.max_epochs).run()
+    torch.save(net.backbone.state_dict(), folder / "backbone.pt")
+    cli.model.backbone.load_state_dict(net.backbone.state_dict())
+    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """What a run of ``nrml fit`` reached."""
+    found: dict[str, float] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["last"]
+    return found
+
+
+def work(job: tuple[str, str, list[list[str]], Path]) -> tuple[Path, float]:
+    """One run in this process, on one thread; its output goes to ``log.txt``."""
+    side, method, (fit, probe), folder = job
+    torch.set_num_threads(1)
+    (folder / "pretrain").mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    start = time.process_time()
+    if side == "lightly":
+        found = peer_run(method, fit, folder)
+        probe = [*probe[:-1], f"--model.init_args.init_weights={folder / 'backbone.pt'}"]
+    elif run(fit):
+        raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
+    else:
+        found = last_metrics(folder / "pretrain")
+    if run(probe):
+        raise RuntimeError(f"probe failed, see {folder / 'log.txt'}")
+    found = found | last_metrics(folder / "probe")
+    kept = {key: found[f"val/{key}"] for key in COLUMNS if f"val/{key}" in found}
+    kept["cpu_seconds"] = round(time.process_time() - start, 1)
+    written = folder / "done.json.part"
+    written.write_text(json.dumps(kept))
+    os.replace(written, folder / "done.json")
+    return folder, kept["cpu_seconds"]
+
+
+def finished(args: argparse.Namespace, side: str, setting: str, method: str, seed: int) -> Path | None:
+    """The ``done.json`` of a run, of ours also from ``--ours``."""
+    places = [args.out / side, *([args.ours] if side == "ours" else [])]
+    found = [place / setting / method / f"seed{seed}" / "done.json" for place in places]
+    return next((path for path in found if path.exists()), None)
+
+
+def step_time(args: argparse.Namespace, rounds: int = 40) -> None:
+    """Median CPU time of a SimCLR step of either side, in turns in one process, to ``step_time.json``."""
+    torch.set_num_threads(1)
+    setting = next(s for s in settings() if s.name == "caltech101")
+    folder, source = args.out / "step_time", args.data / setting.source
+    fit = commands(setting, "simclr", 0, folder, source, source, None)[0]
+    loops = []
+    for build in (Ours, SimCLRPeer):
+        cli = NRMLCLI(fit[1:], run=False)
+        loops.append(Loop(cli, build(cli.model), 12))
+    images = loops[0].batches(0)
+    seconds: list[list[float]] = [[], []]
+    for i in range(rounds + 3):
+        for which in (0, 1) if i % 2 else (1, 0):
+            start = time.process_time()
+            loops[which].step(images[i % len(images)], 0, i)
+            seconds[which].append(time.process_time() - start)
+    ours, peer = (statistics.median(times[3:]) for times in seconds)
+    ratio = statistics.median(a / b for a, b in zip(seconds[0][3:], seconds[1][3:], strict=True))
+    found = {"ours": ours, "lightly": peer, "ratio": ratio, "rounds": rounds, "load": os.getloadavg()[0]}
+    (folder / "step_time.json").write_text(json.dumps(found))
+    print(found)
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per finished run."""
+    rows = []
+    for setting in SETTINGS:
+        for method in PEERS:
+            for side in SIDES:
+                for seed in range(10):
+                    path = finished(args, side, setting, method, seed)
+                    if path is not None:
+                        done = json.loads(path.read_text(encoding="utf-8"))
+                        row = {"setting": setting, "method": method, "side": side, "seed": seed}
+                        rows.append(row | {key: done.get(key) for key in (*COLUMNS, "cpu_seconds")})
+    return rows
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    """Markdown table of one setting over the seeds that both sides have: mean, deviation and difference."""
+    keys = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+    lines = [f"**{title}**", "", f"| method | side | seeds | {' | '.join(HEADS[k] for k in keys)} |"]
+    lines.append("|---" * (3 + len(keys)) + "|")
+    for method in PEERS:
+        by = {s: {r["seed"]: r for r in rows if (r["method"], r["side"]) == (method, s)} for s in SIDES}
+        seeds = sorted(by["ours"].keys() & by["lightly"].keys())
+        for side, said in SIDES.items():
+            cells = [shown([by[side][seed][key] for seed in seeds]) for key in keys]
+            lines.append(f"| {METHODS[method]} | {said} | {len(seeds)} | {' | '.join(cells)} |")
+        gaps = [[by["ours"][s][k] - by["lightly"][s][k] for s in seeds] for k in keys]
+        lines.append(f"| | ours – lightly | | {' | '.join(shown(gap, '+.3f') for gap in gaps)} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(values: list[float], form: str = ".3f") -> str:
+    """Mean and, of several, standard deviation."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Write the CSV and replace the tables in docs/benchmarks.md."""
+    rows = collect(args)
+    path = REPO / "docs" / "benchmarks" / "ssl_peer_runs.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["setting", "method", "side", "seed", *COLUMNS, "cpu_seconds"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+    titles = {setting.name: setting.title for setting in settings()}
+    of = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
+    parts = [table(titles[name], of[name]) for name in SETTINGS if of[name]]
+    timed = args.out / "step_time" / "step_time.json"
+    if timed.exists():
+        t = json.loads(timed.read_text(encoding="utf-8"))
+        parts.append(
+            f"A SimCLR step, ours / lightly: {t['ratio']:.2f} (median over {t['rounds']} pairs of steps in "
+            f"turns in one process; batch 128, 48 pixels, one thread, CPU time; load {t['load']:.1f} on "
+            f"{os.cpu_count()} cores).\n"
+        )
+    parts.append(f"Versions: lightly {version('lightly')}, torch {version('torch')}.\n")
+    page = REPO / "docs" / "benchmarks.md"
+    mark = re.compile(r"(<!-- ssl peer tables -->\n).*?(<!-- end ssl peer tables -->)", re.DOTALL)
+    text = "\n".join(parts)
+    old = page.read_text(encoding="utf-8")
+    page.write_text(mark.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old), encoding="utf-8")
+    print(text)
+
+
+def main() -> None:
+    """Parse arguments, run what is missing, publish."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=REPO / "data")
+    parser.add_argument("--out", type=Path, default=REPO / "runs" / "ssl_peer")
+    parser.add_argument("--ours", type=Path, default=REPO / "runs" / "ssl_table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["digits"])
+    parser.add_argument("--methods", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--epochs", type=int, help="pretraining epochs, for a try-out; default the recipe's")
+    parser.add_argument("--time", action="store_true", help="measure the time of a step, train nothing")
+    args = parser.parse_args()
+    args.data, args.out, args.ours = args.data.resolve(), args.out.resolve(), args.ours.resolve()
+    jobs = []
+    for setting in settings():
+        if setting.name not in args.settings or args.time:
+            continue
+        source = args.data / setting.source
+        target = args.out / setting.prepared
+        prepare(setting, source, target)
+        for seed in args.seeds:
+            for method in args.methods:
+                for side in args.sides:
+                    if finished(args, side, setting.name, method, seed) is None:
+                        folder = args.out / side / setting.name / method / f"seed{seed}"
+                        stages = commands(setting, method, seed, folder, source, target, args.epochs)
+                        jobs.append((side, method, stages, folder))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if args.time:
+        step_time(args)
+    with mp.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for folder, seconds in pool.imap(work, jobs):
+            print(f"{time.strftime('%H:%M:%S')} {folder.relative_to(args.out)} {seconds:.0f} s", flush=True)
+    publish(args)
+
+
+if __name__ == "__main__":
+    main()
