@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrml.cli.app import NRMLCLI, run
+from lightning_nrml.data import NRMLDataModule
 from lightning_nrml.data.views import ViewKey
 from lightning_nrml.models import cosine_tau
 from lightning_nrml.modules import BYOL, MoCo, SimCLR, SwAV
@@ -97,6 +98,10 @@ class TaughtPeer(Peer):
 
     projection_head: nn.Module
 
+    def __init__(self, ours: TaughtModule) -> None:
+        super().__init__(ours)
+        self.tau, self.tau_schedule = ours.tau, ours.tau_schedule
+
     def copy_for_momentum(self) -> None:
         """Make the copies, once the projection head exists."""
         self.backbone_momentum = copy.deepcopy(self.backbone)
@@ -106,9 +111,7 @@ class TaughtPeer(Peer):
 
     def move(self, step: int, steps: int) -> None:
         """Before the forward pass, with the momentum that our module has after the step before."""
-        tau = self.ours["tau"]
-        if self.ours["tau_schedule"] == "cosine":
-            tau = cosine_tau(max(step - 1, 0), steps, tau)
+        tau = self.tau if self.tau_schedule == "constant" else cosine_tau(max(step - 1, 0), steps, self.tau)
         update_momentum(self.backbone, self.backbone_momentum, m=tau)
         update_momentum(self.projection_head, self.projection_head_momentum, m=tau)
 
@@ -169,10 +172,14 @@ class SwAVPeer(Peer):
         self.queues = nn.ModuleList(MemoryBankModule(size) for _ in range(self.ours["large_crops"]))
         self.queued = 0
 
+    def project(self, views: list[Tensor]) -> list[Tensor]:
+        """Unit projections of every crop, a pass each."""
+        return [F.normalize(self.projection_head(self.backbone(view)), dim=1) for view in views]
+
     def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
-        """Codes of the large crops, of their queues too once these are full."""
+        """Codes of the large crops, made with their queues once these are full."""
         self.prototypes.normalize()
-        z = [F.normalize(self.projection_head(self.backbone(view)), dim=1) for view in views]
+        z = self.project(views)
         scores = [self.prototypes(rows, step=epoch) for rows in z]
         large = self.ours["large_crops"]
         return self.criterion(scores[:large], scores[large:], self.queue_scores(z[:large], epoch))
@@ -188,12 +195,7 @@ class SwAVPeer(Peer):
         return [self.prototypes(x, step=epoch) for x in rows] if full else None
 
 
-PEERS: dict[str, tuple[type, type]] = {
-    "simclr": (SimCLR, SimCLRPeer),
-    "moco": (MoCo, MoCoPeer),
-    "byol": (BYOL, BYOLPeer),
-    "swav": (SwAV, SwAVPeer),
-}
+PEERS: dict[str, type] = {"simclr": SimCLRPeer, "moco": MoCoPeer, "byol": BYOLPeer, "swav": SwAVPeer}
 
 
 class Ours(nn.Module):
@@ -217,15 +219,16 @@ class Ours(nn.Module):
 class Loop:
     """The plain training loop around a peer: batches, views, optimiser and schedule are the recipe's."""
 
-    def __init__(self, cli: NRMLCLI, net: Any, epochs: int) -> None:
-        self.data, self.net = cli.datamodule, net.train()
-        self.layout = torch.channels_last if cli.model.channels_last else torch.preserve_format
-        if cli.model.channels_last:
+    def __init__(self, data: NRMLDataModule, ours: SelfSupervised, net: Any, epochs: int) -> None:
+        self.data, self.net = data, net.train()
+        self.dtype = next(net.parameters()).dtype
+        self.layout = torch.channels_last if ours.channels_last else torch.preserve_format
+        if ours.channels_last:
             net.to(memory_format=torch.channels_last)
         self.loader = self.data.train_dataloader()
         self.epochs, self.steps, self.done = epochs, epochs * len(self.loader), 0
-        self.optimizer = create_optimizer(cli.model.optimizer_config, net)
-        self.schedule = create_schedule(cli.model.schedule_config, self.optimizer, self.steps)
+        self.optimizer = create_optimizer(ours.optimizer_config, net)
+        self.schedule = create_schedule(ours.schedule_config, self.optimizer, self.steps)
 
     def batches(self, epoch: int) -> list[Tensor]:
         """The images of an epoch, not yet augmented, in the order of a run of ours."""
@@ -235,16 +238,17 @@ class Loop:
     def step(self, image: Tensor, epoch: int, batch: int) -> float:
         """One optimiser step; the views' random numbers are those of a run of ours."""
         view = self.data._view("train", image.device)
-        views = [v.to(memory_format=self.layout) for v in view(image, ViewKey(self.data.seed, epoch, batch))]
-        loss = self.net.loss(views, epoch, self.done, self.steps)
-        if not torch.isfinite(loss).all():
-            raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}, batch {batch}")
+        views = view(image, ViewKey(self.data.seed, epoch, batch))
+        views = [v.to(dtype=self.dtype, memory_format=self.layout) for v in views]
+        loss = self.net.loss(views, epoch, self.done, self.steps).sum()  # lightly's SwaVLoss gives (1,)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, batch {batch}")
         self.optimizer.zero_grad()
-        loss.sum().backward()
+        loss.backward()
         self.optimizer.step()
         self.schedule.step()
         self.done += 1
-        return float(loss)
+        return float(loss.detach())
 
     def run(self) -> None:
         """All epochs."""
@@ -256,8 +260,8 @@ class Loop:
 def peer_run(method: str, fit: list[str], folder: Path) -> dict[str, float]:
     """Train a peer by the recipe of ``fit``; writes ``backbone.pt`` and returns the last epoch's metrics."""
     cli = NRMLCLI(fit[1:], run=False)
-    net = PEERS[method][1](cli.model)
-    Loop(cli, net, cli.trainer.max_epochs).run()
+    net = PEERS[method](cli.model)
+    Loop(cli.datamodule, cli.model, net, cli.trainer.max_epochs).run()
     torch.save(net.backbone.state_dict(), folder / "backbone.pt")
     cli.model.backbone.load_state_dict(net.backbone.state_dict())
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
@@ -313,7 +317,7 @@ def step_time(args: argparse.Namespace, rounds: int = 40) -> None:
     loops = []
     for build in (Ours, SimCLRPeer):
         cli = NRMLCLI(fit[1:], run=False)
-        loops.append(Loop(cli, build(cli.model), 12))
+        loops.append(Loop(cli.datamodule, cli.model, build(cli.model), 12))
     images = loops[0].batches(0)
     seconds: list[list[float]] = [[], []]
     for i in range(rounds + 3):
