@@ -33,6 +33,7 @@ def load(name: str) -> Any:
 
 
 ssl_table = sys.modules.get("ssl_table") or load("ssl_table")
+nets = load("ssl_peer_nets")
 ssl_peer = load("ssl_peer")
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "swav": "SwAV"}
 # lightly's examples have a pass per view; its memory bank cuts batches that do not divide it
@@ -57,13 +58,13 @@ def make_equal(ours: Any, peer: Any) -> None:
                 free = mine.bias is not None and mine.bias.requires_grad
                 theirs.bias.data.copy_(mine.bias.data) if free else theirs.bias.data.zero_()
                 theirs.bias.requires_grad_(free)
-    if isinstance(peer, ssl_peer.TaughtPeer):
+    if isinstance(peer, nets.TaughtPeer):
         peer.copy_for_momentum()
-    if isinstance(peer, ssl_peer.MoCoPeer):
+    if isinstance(peer, nets.MoCoPeer):
         peer.criterion.memory_bank.bank.copy_(ours.queue.get()[0])
 
 
-class JointSwAV(ssl_peer.SwAVPeer):
+class JointSwAV(nets.SwAVPeer):
     """All crops of one size in one pass, as the official code and ours have it."""
 
     def project(self, views: list[Tensor]) -> list[Tensor]:
@@ -74,11 +75,11 @@ class JointSwAV(ssl_peer.SwAVPeer):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_runs_of_equal_parts_end_with_equal_weights(name: str, tmp_path: Path) -> None:
     ours = module(METHODS[name], **OPTIONS.get(name, {})).double()
-    peer = (JointSwAV if name == "swav" else ssl_peer.PEERS[name])(ours).double()
+    peer = (JointSwAV if name == "swav" else nets.PEERS[name])(ours).double()
     make_equal(ours, peer)
     start = [p.detach().clone() for p in ours.backbone.parameters()]
     data = digits(METHODS[name])
-    ssl_peer.Loop(data, ours, peer, 3).run()
+    nets.Loop(data, ours, peer, 3).run()
     trainer(tmp_path, 3, limit_val_batches=0).fit(ours, digits(METHODS[name]))
     for one, two, before in zip(ours.backbone.parameters(), peer.backbone.parameters(), start, strict=True):
         assert (one - before).abs().max() > 1e-3
@@ -87,7 +88,7 @@ def test_runs_of_equal_parts_end_with_equal_weights(name: str, tmp_path: Path) -
 
 def test_the_loop_given_our_simclr_is_our_trainer(tmp_path: Path) -> None:
     one, two = module("SimCLR"), module("SimCLR")
-    ssl_peer.Loop(digits("SimCLR"), one, ssl_peer.Ours(one), 2).run()
+    nets.Loop(digits("SimCLR"), one, nets.Ours(one), 2).run()
     trainer(tmp_path, 2, limit_val_batches=0).fit(two, digits("SimCLR"))
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(p, q)
