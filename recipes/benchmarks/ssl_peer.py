@@ -139,6 +139,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     for method in PEERS:
         by = {s: {r["seed"]: r for r in rows if (r["method"], r["side"]) == (method, s)} for s in SIDES}
         seeds = sorted(by["ours"].keys() & by["lightly"].keys())
+        if not seeds:
+            continue
         for side, said in SIDES.items():
             cells = [shown([by[side][seed][key] for seed in seeds]) for key in keys]
             lines.append(f"| {METHODS[method]} | {said} | {len(seeds)} | {' | '.join(cells)} |")
@@ -149,8 +151,6 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 
 def shown(values: list[float], form: str = ".3f") -> str:
     """Mean and, of several, standard deviation."""
-    if not values:
-        return "–"
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{deviation}"
 
