@@ -291,7 +291,7 @@ class Consensus(NoiseFilter):
             "unknown": finite & score.isnan(),
             "nonfinite": ~finite,
             "suggested": judged["suggested"],
-            "noise_rate": self.groups.low_share().float(),
+            "noise_rate": self.groups.cut()[1].float(),
         }
         return Selection((finite & ~(score < threshold)).float(), score, threshold, stats)
 
@@ -300,7 +300,7 @@ class Consensus(NoiseFilter):
         """Keep what is at least as likely clean as not; NaN is kept."""
         threshold = score.new_tensor(0.5).log()
         return Selection(
-            (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.low_share()}
+            (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.cut()[1]}
         )
 
     @torch.no_grad()

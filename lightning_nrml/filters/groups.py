@@ -59,15 +59,15 @@ class Histogram(StateModule):
         spread = self.counts.double() * (self.middle - self.mean()) ** 2
         return spread.sum() / self.counts.sum().clamp_min(1)
 
-    def valley(self, least: Tensor, most: Tensor, otherwise: Tensor) -> Tensor:
-        """Where fewest values lie around, between two values (0-d), if many more lie on both sides; 0-d."""
+    def valley(self, least: Tensor, most: Tensor) -> Tensor:
+        """Where fewest values lie, between two values (0-d), if many more lie on both sides, or NaN."""
         density = self.kernel @ self.counts.double()
         inside = (self.middle >= least) & (self.middle <= most)
         place = torch.where(inside, density, torch.inf).argmin()
         left = self.middle < self.middle[place]
         height = torch.minimum(torch.where(left, density, 0.0).max(), torch.where(left, 0.0, density).max())
         found = inside.any() & (density[place] < _DEPTH * height)
-        return torch.where(found, self.middle[place], otherwise)
+        return torch.where(found, self.middle[place], torch.nan)
 
     def quantile(self, share: Tensor) -> Tensor:
         """The value under which this share (0-d) of all values lies, 0-d; ``-limit`` without values."""
@@ -124,11 +124,18 @@ class TwoGroups(StateModule):
         found = (part * ratio).sum() / (most - least)
         return (found / (1 + found * self.mixed)).clamp(0, _MAX_SHARE)
 
-    def cut(self) -> Tensor:
-        """The value from which on values are high rather than low, 0-d float64."""
+    def cut(self) -> tuple[Tensor, Tensor]:
+        """The value from which on values are high, and the estimated share of the low group, 0-d float64.
+
+        Where the groups are told apart by a valley, it says more about the share than their low end does.
+        """
         share = self.low_share()
         least, most = (self.values.quantile(share * x) for x in _SEARCH)
-        return self.values.valley(least, most, otherwise=least)
+        valley = self.values.valley(least, most)
+        under = torch.where(self.values.middle < valley, self.values.counts, 0).sum()
+        found = under / self.values.counts.sum().clamp_min(1)
+        none = valley.isnan()
+        return torch.where(none, least, valley), torch.where(none, share, found)
 
     def log_odds(self, value: Tensor, share: float | None = None) -> Tensor:
         """``log(P(high) / P(low))`` of values of any shape, in float64; NaN stays NaN.
@@ -137,9 +144,10 @@ class TwoGroups(StateModule):
             value: the values.
             share: of the low group, if it is known from elsewhere: then even odds lie at its quantile.
         """
-        found = self.low_share()
-        low_share = found if share is None else found.new_tensor(share)
-        cut = self.cut() if share is None else self.values.quantile(low_share)
+        cut, low_share = self.cut()
+        if share is not None:
+            low_share = low_share.new_tensor(share)
+            cut = self.values.quantile(low_share)
         mean = self.low.mean()
         high = (self.values.mean() - low_share * mean) / (1 - low_share)
         slope = (high - mean).clamp_min(0.1) / self.low.variance().clamp_min(0.01)

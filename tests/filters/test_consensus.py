@@ -335,6 +335,7 @@ def two_groups(share, apart, n=200_000, **kwargs):
 def test_share_and_odds_of_groups_far_apart(share):
     groups, values, high = two_groups(share, apart=4.0)
     assert float(groups.low_share()) == pytest.approx(share, abs=0.005)
+    assert float(groups.cut()[1]) == pytest.approx(share, abs=0.03)
     odds = groups.log_odds(values)
     assert ((odds > 0) == high).double().mean() > 0.97
     # the slope of two normal distributions of deviation 1/2 whose means are 2 apart
@@ -349,6 +350,26 @@ def test_the_share_of_groups_that_overlap_is_an_upper_bound_by_storeys_integral(
     normal = torch.distributions.Normal(0.0, 1.0)
     mixed_in = normal.cdf(normal.icdf(q) - 1.0) / q
     assert float(groups.low_share()) == pytest.approx(0.3 + 0.7 * float(mixed_in.mean()), abs=0.01)
+
+
+def test_a_valley_mends_a_share_that_the_low_end_gets_wrong():
+    groups, values, high = two_groups(0.4, apart=4.0)
+    yes = torch.ones_like(high)
+    g = torch.Generator().manual_seed(1)
+    shifted = (
+        0.5 * torch.randn(len(values), generator=g) - 1.15
+    )  # lower than wrong labels lie
+    groups.low.counts.zero_()
+    groups.low.replace(nothing(shifted), shifted, yes)
+    assert abs(float(groups.low_share()) - 0.4) > 0.05
+    cut, share = groups.cut()
+    assert float(share) == pytest.approx(0.4, abs=0.02)
+    assert ((values > cut) == high).double().mean() > 0.97
+    # without a valley the low end is all there is
+    groups, values, _ = two_groups(0.3, apart=1.0)
+    cut, share = groups.cut()
+    assert share == groups.low_share()
+    assert float((values < cut).double().mean()) == pytest.approx(0.75 * float(share), abs=0.01)
 
 
 def test_a_told_share_moves_the_cut_only():
