@@ -48,7 +48,7 @@ def from_ledger(path: str | os.PathLike[str]) -> pd.DataFrame:
         if "column 'label'" not in str(error):
             raise
         raise ValueError(f"{error}; of a multi-label run give noise_ledger_labels.parquet") from error
-    for column in ("suggested_label", *_NEEDED):
+    for column in ("mean_log_p_clean", "suggested_label", *_NEEDED):
         if column not in frame.columns:
             raise ValueError(
                 f"ledger '{path}' has no column '{column}'; give the noise_ledger.parquet or .csv of a run"
