@@ -356,9 +356,7 @@ def test_a_valley_mends_a_share_that_the_low_end_gets_wrong():
     groups, values, high = two_groups(0.4, apart=4.0)
     yes = torch.ones_like(high)
     g = torch.Generator().manual_seed(1)
-    shifted = (
-        0.5 * torch.randn(len(values), generator=g) - 1.15
-    )  # lower than wrong labels lie
+    shifted = 0.5 * torch.randn(len(values), generator=g) - 1.15  # lower than wrong labels lie
     groups.low.counts.zero_()
     groups.low.replace(nothing(shifted), shifted, yes)
     assert abs(float(groups.low_share()) - 0.4) > 0.05
