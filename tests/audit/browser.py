@@ -131,6 +131,18 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
+    def cards(self) -> list[int]:
+        """Indices of the samples that a report shows, in their order."""
+        return self.run("[...document.querySelectorAll('.card')].map(c => +c.dataset.index)")
+
+    def choose(self, field: str, value: str) -> list[int]:
+        """Set a field of a report and leave it; the samples shown then."""
+        self.run(
+            f"(() => {{ const s = document.getElementById('{field}'); s.value = '{value}'; "
+            "s.dispatchEvent(new Event('input')); document.activeElement.blur(); })()"
+        )
+        return self.cards()
+
     def screenshot(self, path: Path) -> None:
         """The visible part as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -236,17 +236,6 @@ def test_entries_hide_nothing_of_unnamed_data():
     assert described.images is described.paths is described.clean_label is None
 
 
-CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.index)"
-
-
-def choose(page, field: str, value: str) -> list[int]:
-    page.run(
-        f"(() => {{ const s = document.getElementById('{field}'); s.value = '{value}'; "
-        "s.dispatchEvent(new Event('input')); document.activeElement.blur(); })()"
-    )
-    return page.run(CARDS)
-
-
 @pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium found (set CHROMIUM to its path, or apt install chromium)"
 )
@@ -259,7 +248,7 @@ def test_in_a_browser(found, scene, tmp_path):
     with browser.Browser(PROGRAM, tmp_path) as page:
         page.size(1366, 768)
         page.open(result.files["report"])
-        assert page.run(CARDS) == table["index"].head(24).tolist()
+        assert page.cards() == table["index"].head(24).tolist()
         first = table.iloc[0]
         kind, name, image = first["kind"], NAMES[first["position"]], f"scene{first['sample']:03d}.png"
         shown = page.run("document.querySelector('.card').innerText")
@@ -269,16 +258,16 @@ def test_in_a_browser(found, scene, tmp_path):
         # filter by label and kind, search, sort
         c = int(first["position"])
         both = table[(table["position"] == c) & (table["kind"] == kind)].head(1000)
-        choose(page, "fg", str(c))
-        assert choose(page, "fs", str(int(kind == "extra"))) == both["index"].head(24).tolist()
-        choose(page, "fg", "")
-        choose(page, "fs", "")
-        found_here = choose(page, "q", image)
+        page.choose("fg", str(c))
+        assert page.choose("fs", str(int(kind == "extra"))) == both["index"].head(24).tolist()
+        page.choose("fg", "")
+        page.choose("fs", "")
+        found_here = page.choose("q", image)
         assert set(found_here) == set(table[table["sample"] == first["sample"]]["index"])
-        choose(page, "q", "")
-        by_image = choose(page, "sort", "index")
+        page.choose("q", "")
+        by_image = page.choose("sort", "index")
         assert by_image == sorted(by_image)
-        choose(page, "sort", "rank")
+        page.choose("sort", "rank")
         # the rates of each label
         rates = page.run("document.getElementById('classes').innerText")
         for _, rate in result.rates.iterrows():
@@ -289,7 +278,7 @@ def test_in_a_browser(found, scene, tmp_path):
         # image by image, where the second is still chosen; arrows go by image and by label
         page.press("i")
         assert int(page.run(at)) == table["index"][1]
-        choose(page, "fm", "")
+        page.choose("fm", "")
         top = page.run(
             "[...document.querySelectorAll('.group')].map(g => "
             "[...g.querySelectorAll('.card')].map(c => +c.dataset.index))"
@@ -305,7 +294,7 @@ def test_in_a_browser(found, scene, tmp_path):
         assert int(page.run(at)) == top[several + 1][0]
         page.press("n")
         assert (
-            page.run(CARDS)[0]
+            page.cards()[0]
             == differ[differ["sample"] == list(dict.fromkeys(differ["sample"]))[8]]["index"].iloc[0]
         )
         page.press("u")

@@ -164,15 +164,6 @@ def test_images_that_cannot_be_read_are_not_judged(tmp_path):
 
 
 PROGRAM = browser.find_browser()
-CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.index)"
-
-
-def choose(page, field: str, value: str) -> list[int]:
-    page.run(
-        f"(() => {{ const s = document.getElementById('{field}'); s.value = '{value}'; "
-        "s.dispatchEvent(new Event('input')); })()"
-    )
-    return page.run(CARDS)
 
 
 @pytest.mark.skipif(
@@ -184,34 +175,34 @@ def test_in_a_browser(digits, tmp_path):
     with browser.Browser(PROGRAM, tmp_path) as page:
         page.size(1366, 768)
         page.open(digits.files["report"])
-        assert page.run(CARDS) == table["index"].head(24).tolist()
+        assert page.cards() == table["index"].head(24).tolist()
         assert page.run(
             "document.images.length > 24 && [...document.images].every(i => i.src.startsWith('data:'))"
         )
         # sort, filter, search
-        assert choose(page, "sort", "index") == sorted(table["index"].head(1000))[:24]
-        choose(page, "sort", "rank")
-        three = choose(page, "fg", "3")
+        assert page.choose("sort", "index") == sorted(table["index"].head(1000))[:24]
+        page.choose("sort", "rank")
+        three = page.choose("fg", "3")
         assert three == table[table["label"] == 3]["index"].head(24).tolist()
-        choose(page, "fg", "")
+        page.choose("fg", "")
         wanted = int(table["index"][2])
-        assert wanted in choose(page, "q", str(wanted))
-        assert choose(page, "q", "no such thing") == []
-        choose(page, "q", "")
+        assert wanted in page.choose("q", str(wanted))
+        assert page.choose("q", "no such thing") == []
+        page.choose("q", "")
         # keyboard: mark the first wrong, the second right, take a third one back
         page.run("document.activeElement.blur()")
         for key in ("w", "ArrowRight", "r", "ArrowRight", "u", "u"):
             page.press(key)
         first, second = table["index"].head(2).tolist()
-        assert choose(page, "fm", "wrong") == [first]
-        assert choose(page, "fm", "right") == [second]
-        assert choose(page, "fm", "unsure") == []
-        choose(page, "fm", "")
+        assert page.choose("fm", "wrong") == [first]
+        assert page.choose("fm", "right") == [second]
+        assert page.choose("fm", "unsure") == []
+        page.choose("fm", "")
         page.run("document.activeElement.blur()")
         page.press("n")
-        assert page.run(CARDS) == table["index"][24:48].tolist()
+        assert page.cards() == table["index"][24:48].tolist()
         # export
-        choose(page, "rule", "relabel")
+        page.choose("rule", "relabel")
         page.run("document.getElementById('save').click()")
         saved = tmp_path / "labels_reviewed.csv"
         for _ in range(300):
