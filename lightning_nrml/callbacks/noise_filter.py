@@ -117,7 +117,7 @@ class NoiseFilterCallback(Callback):
         tolerate_absent_filters(pl_module)
         if stage != "fit":
             return
-        chain = _chain_of(pl_module)
+        chain = chain_of(pl_module)
         sizes = RunSizes(trainer, pl_module)
         part = self.filter = self.make_filter(sizes)
         if self.granularity not in part.granularities:
@@ -168,7 +168,7 @@ class NoiseFilterCallback(Callback):
         assert self._quality is not None
         self._quality.to(pl_module.device)
         if self.granularity == "epoch":
-            part = cast(NoiseFilter, _chain_of(pl_module)[self.name])
+            part = cast(NoiseFilter, chain_of(pl_module)[self.name])
             if trainer.ckpt_path is None and self.start_epoch == 0 and not part.uses_embedding:
                 self._decide(trainer, pl_module, part)
             tell_sampler(trainer, pl_module)
@@ -182,13 +182,13 @@ class NoiseFilterCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch the filter on or off for this epoch."""
         if self._set_mode(trainer, pl_module):
-            cast(NoiseFilter, _chain_of(pl_module)[self.name]).begin_epoch(trainer.current_epoch)
+            cast(NoiseFilter, chain_of(pl_module)[self.name]).begin_epoch(trainer.current_epoch)
 
     def _set_mode(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         active = trainer.current_epoch >= self.start_epoch
         mode: Mode = self.granularity if active else "observe"
-        _chain_of(pl_module).mode[self.name] = mode
-        self._set_rate(cast(NoiseFilter, _chain_of(pl_module)[self.name]), trainer.current_epoch)
+        chain_of(pl_module).mode[self.name] = mode
+        self._set_rate(cast(NoiseFilter, chain_of(pl_module)[self.name]), trainer.current_epoch)
         return active
 
     def _set_rate(self, part: NoiseFilter, epoch: int) -> None:
@@ -208,7 +208,7 @@ class NoiseFilterCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Correct the labels of the batch's samples for the next time."""
-        chain = _chain_of(pl_module)
+        chain = chain_of(pl_module)
         if self.correct_labels and chain.pending is not None and chain.mode[self.name] == "batch":
             ctx, selection = chain.pending
             label = confident_labels(cast(NoiseFilter, chain[self.name]), ctx, selection)
@@ -219,7 +219,7 @@ class NoiseFilterCallback(Callback):
         self._commit(trainer, pl_module)
 
     def _commit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pending = _chain_of(pl_module).commit()
+        pending = chain_of(pl_module).commit()
         if pending is None:  # another filter callback of this run was first
             return
         ctx, selection = pending
@@ -249,7 +249,7 @@ class NoiseFilterCallback(Callback):
             self._end_epoch(trainer, pl_module)
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch, part = trainer.current_epoch, cast(NoiseFilter, _chain_of(pl_module)[self.name])
+        epoch, part = trainer.current_epoch, cast(NoiseFilter, chain_of(pl_module)[self.name])
         if epoch >= self.start_epoch:
             part.end_epoch(epoch)
         due = epoch + 1 >= self.start_epoch and (epoch + 1 - self.start_epoch) % self.every_n_epochs == 0
@@ -326,7 +326,7 @@ def confident_labels(part: NoiseFilter, ctx: FilterContext, selection: Selection
     return suggested.masked_fill(~confident | selection.threshold.isnan(), -1)
 
 
-def _chain_of(pl_module: LightningModule) -> FilterChain:
+def chain_of(pl_module: LightningModule) -> FilterChain:
     """The module's filter chain; made on first use for modules that do not extend ours."""
     chain = getattr(pl_module, "filters", None)
     if chain is None:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_nrml import distributed, filters
-from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, _chain_of
+from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, chain_of
 from lightning_nrml.callbacks.run_sizes import RunSizes
 from lightning_nrml.models import MomentumTeacher, load_weights
 from lightning_nrml.types import Selection
@@ -89,7 +89,7 @@ class TSINT(NoiseFilterCallback):
             rows: Tensor = teacher(batch["image"])
             return rows
 
-        _chain_of(pl_module).sources["teacher"] = embed
+        chain_of(pl_module).sources["teacher"] = embed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start as the student, which has its start weights only now; a resumed teacher is restored."""
