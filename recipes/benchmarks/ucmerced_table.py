@@ -3,10 +3,10 @@
     python recipes/benchmarks/ucmerced_table.py --data DATA --jobs 2
 
 Each run is exactly one ``nrml fit`` command (kept in its run folder as ``command.txt``). Finished runs are
-not repeated, so the command can be stopped and started again; ``--only mixed_40``, ``--methods`` and
-``--seeds 0`` narrow it. The runs evaluate the *test* images (their clean labels), and the last epoch counts:
-nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one row per run), the tables in
-``docs/benchmarks.md`` between their markers, and ``docs/assets/ucmerced.png``.
+not repeated, so the command can be stopped and started again; ``--size 32``, ``--only mixed_40``,
+``--methods`` and ``--seeds 0`` narrow it. The runs evaluate the *test* images (their clean labels), and the
+last epoch counts: nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one row per
+run), the tables in ``docs/benchmarks.md`` between their markers, and ``docs/assets/ucmerced_*px.png``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner import REPO, Job, parser, replace_tables, run_missing, shown, write_csv
 
@@ -44,14 +45,12 @@ COLUMNS = {
     "noise/recall": "keep recall",
     "noise/auroc": "AUROC",
 }
-HEAD = ("kind", "rate", "method", "seed")
-SIZE = 32
+#: strided blocks of the net by side of the images: both end with few positions
+WIDTHS = {32: [32, 64, 128, 128], 128: [32, 32, 64, 128, 128]}
 #: one recipe per method; all share net, optimiser, length and image size
 SHARED = (
-    f"--data.init_args.image_size={SIZE}",
     "--data.init_args.batch_size=32",
-    f"--model.init_args.backbone_kwargs.input_size={SIZE}",
-    "--model.init_args.optimizer.lr=0.003",  # the best of .001, .003, .006 on clean labels, validation split
+    "--model.init_args.optimizer.lr=0.003",  # the best on clean labels, validation split
     "--trainer.max_epochs=15",
     "--trainer.check_val_every_n_epoch=15",
     "--trainer.enable_progress_bar=false",
@@ -63,8 +62,19 @@ CALLBACKS = [{"class_path": "MultiLabelEvaluator"}, {"class_path": "MultiLabelPR
 OWN = {"prism_both": ("--trainer.callbacks=null", "--trainer.callbacks=" + json.dumps(CALLBACKS))}
 
 
-def command(kind: str, rate: int, method: str, seed: int, data: Path, folder: Path) -> list[str]:
-    """Arguments of ``nrml`` for one run; ``kind`` ``none`` is the clean bound."""
+class Run(NamedTuple):
+    """One run; ``kind`` ``none`` is the clean bound."""
+
+    size: int
+    kind: str
+    rate: int
+    method: str
+    seed: int
+
+
+def command(run: Run, data: Path, folder: Path) -> list[str]:
+    """Arguments of ``nrml`` for one run."""
+    size, kind, rate, method, seed = run
     recipe = {"clean": "bce", "prism_both": "prism"}.get(method, method)
     splits = {"train": "split_train.txt", "val": "split_test.txt"}
     return [
@@ -77,52 +87,59 @@ def command(kind: str, rate: int, method: str, seed: int, data: Path, folder: Pa
         f"--data.init_args.noise.kind={kind}",
         f"--data.init_args.noise.rate={rate / 100:g}",
         f"--data.init_args.noise.seed={seed}",
+        f"--data.init_args.image_size={size}",
+        f"--model.init_args.backbone_kwargs.input_size={size}",
+        f"--model.init_args.backbone_kwargs.widths={WIDTHS[size]}",
+        f"--model.init_args.backbone_kwargs.strides={[2] * len(WIDTHS[size])}",
         *SHARED,
         *OWN.get(method, ()),
         f"--trainer.default_root_dir={folder}",
     ]
 
 
-def runs(only: str, methods: list[str], seeds: list[int]) -> list[tuple[str, int, str, int]]:
-    """``(kind, rate, method, seed)``, in the order in which they are worth having."""
-    found: list[tuple[str, int, str, int]] = []
-    for kind, rate in SETTINGS:
-        for seed in seeds:
-            for method in methods:
-                job = ("none", 0, method, seed) if method == "clean" else (kind, rate, method, seed)
-                if (method == "clean" or only in f"{kind}_{rate}") and job not in found:
-                    found.append(job)
-    return found
+def runs(only: str, methods: list[str], seeds: list[int], sizes: Iterable[int] = tuple(WIDTHS)) -> list[Run]:
+    """What to run, in the order in which it is worth having."""
+    found: dict[Run, None] = {}
+    for size in sizes:
+        for kind, rate in SETTINGS:
+            for seed in seeds:
+                for method in methods:
+                    if method == "clean":
+                        found[Run(size, "none", 0, method, seed)] = None
+                    elif only in f"{kind}_{rate}":
+                        found[Run(size, kind, rate, method, seed)] = None
+    return list(found)
 
 
-def folder_of(out: Path, job: tuple[str, int, str, int]) -> Path:
+def folder_of(out: Path, run: Run) -> Path:
     """Where a run lies."""
-    kind, rate, method, seed = job
-    return out / (kind if kind == "none" else f"{kind}_{rate}") / method / f"seed{seed}"
+    setting = run.kind if run.kind == "none" else f"{run.kind}_{run.rate}"
+    return out / f"{run.size}px" / setting / run.method / f"seed{run.seed}"
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
     """One row per finished run."""
     rows = []
-    for job in runs("", list(METHODS), list(range(100))):
-        path = folder_of(out, job) / "done.json"
+    for run in runs("", list(METHODS), list(range(100))):
+        path = folder_of(out, run) / "done.json"
         if path.exists():
             done = json.loads(path.read_text(encoding="utf-8"))
-            row = dict(zip(HEAD, job, strict=True)) | {key: done["last"].get(key) for key in COLUMNS}
+            row = run._asdict() | {key: done["last"].get(key) for key in COLUMNS}
             rows.append(row | {"cpu_seconds": done["cpu_seconds"]})
     return rows
 
 
-def table(kind: str, rate: int, rows: list[dict[str, Any]]) -> str:
+def table(size: int, kind: str, rate: int, rows: list[dict[str, Any]]) -> str:
     """Markdown table of one setting: mean and standard deviation over the seeds, last epoch, test split."""
     by: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if (row["kind"], row["rate"]) == (kind, rate) or row["method"] == "clean":
+        same = (row["kind"], row["rate"]) == (kind, rate) or row["method"] == "clean"
+        if row["size"] == size and same:
             by[row["method"]].append(row)
     if not by.keys() - {"clean"}:
         return ""
     lines = [
-        f"**UC Merced, {kind} {rate} %: {KINDS[kind]}**", "",
+        f"**UC Merced, {size} px, {kind} {rate} %: {KINDS[kind]}**", "",
         "| method | seeds | " + " | ".join(COLUMNS.values()) + " |",
         "|---|---" + "|---" * len(COLUMNS) + "|",
     ]  # fmt: skip
@@ -179,11 +196,13 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
 def publish(rows: list[dict[str, Any]], docs: Path) -> None:
     """Write the CSV and the plot, and replace the tables in benchmarks.md."""
-    write_csv(docs / "benchmarks" / "ucmerced_runs.csv", rows, [*HEAD, *COLUMNS, "cpu_seconds"])
-    text = "\n".join(filter(None, (table(kind, rate, rows) for kind, rate in SETTINGS)))
-    replace_tables(docs / "benchmarks.md", "ucmerced tables", text)
-    if any(row["kind"] != "none" for row in rows):
-        draw(rows, docs / "assets" / "ucmerced.png")
+    write_csv(docs / "benchmarks" / "ucmerced_runs.csv", rows, [*Run._fields, *COLUMNS, "cpu_seconds"])
+    for size in WIDTHS:
+        text = "\n".join(filter(None, (table(size, kind, rate, rows) for kind, rate in SETTINGS)))
+        replace_tables(docs / "benchmarks.md", f"ucmerced tables {size} px", text)
+        own = [row for row in rows if row["size"] == size]
+        if any(row["kind"] != "none" for row in own):
+            draw(own, docs / "assets" / f"ucmerced_{size}px.png")
 
 
 def main() -> None:
@@ -192,11 +211,12 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=2)
     options.add_argument("--docs", type=Path, default=REPO / "docs", help="where tables and plot go")
     options.add_argument("--only", default="", help="part of a setting's name, such as mixed_40")
+    options.add_argument("--size", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     args = options.parse_args()
     jobs = []
-    for job in runs(args.only, args.methods, args.seeds):
-        folder = folder_of(args.out, job)
-        jobs.append(Job(folder, [command(*job, args.data.resolve(), folder)]))
+    for run in runs(args.only, args.methods, args.seeds, args.size):
+        folder = folder_of(args.out, run)
+        jobs.append(Job(folder, [command(run, args.data.resolve(), folder)]))
     run_missing(jobs, args.out, args.jobs)
     publish(collect(args.out), args.docs)
 
