@@ -25,7 +25,8 @@ METHODS = {
     "elr": "ELR",
     "sat": "SAT",
     "jocor": "JoCoR",
-    "rcml": "RCML",
+    "rcml": "RCML, .6 of every batch kept",
+    "rcml_ramp": "RCML, all kept at first, .8 at the end",
     "prism": "BCE + MultiLabelPRISM, classifier (not told the rate)",
     "prism_both": "BCE + MultiLabelPRISM, classifier and memory (not told the rate)",
     "clean": "BCE on clean labels (upper bound)",
@@ -59,7 +60,10 @@ SHARED = (
 )
 CALLBACKS = [{"class_path": "MultiLabelEvaluator"}, {"class_path": "MultiLabelPRISM", "init_args": {}}]
 #: what else tells a method from its recipe
-OWN = {"prism_both": ("--trainer.callbacks=null", "--trainer.callbacks=" + json.dumps(CALLBACKS))}
+OWN = {
+    "rcml": ("--model.init_args.keep_start=0.6", "--model.init_args.keep_end=0.6"),
+    "prism_both": ("--trainer.callbacks=null", "--trainer.callbacks=" + json.dumps(CALLBACKS)),
+}
 
 
 class Run(NamedTuple):
@@ -75,7 +79,7 @@ class Run(NamedTuple):
 def command(run: Run, data: Path, folder: Path) -> list[str]:
     """Arguments of ``nrml`` for one run."""
     size, kind, rate, method, seed = run
-    recipe = {"clean": "bce", "prism_both": "prism"}.get(method, method)
+    recipe = {"clean": "bce", "prism_both": "prism", "rcml_ramp": "rcml"}.get(method, method)
     splits = {"train": "split_train.txt", "val": "split_test.txt"}
     return [
         "fit",
