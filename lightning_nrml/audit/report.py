@@ -11,8 +11,6 @@ import base64
 import hashlib
 import io
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 
 from lightning_nrml.audit.neighbours import Neighbours
 from lightning_nrml.audit.table import class_noise
+from lightning_nrml.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,13 +85,7 @@ def write_report(
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, page)
     return path
 
 

@@ -35,7 +35,7 @@ from lightning_nrml.audit.table import (
     corrected_labels,
     write_both,
 )
-from lightning_nrml.data.tables import write_frame
+from lightning_nrml.files import write_frame, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -196,7 +196,5 @@ def _write(
         "corrected": {k: int(v) for k, v in corrected["action"].value_counts().items()},
         **report.facts,
     }
-    part = folder / ".audit.json.part"
-    part.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    os.replace(part, files["summary"])
+    write_text(files["summary"], json.dumps(summary, indent=2))
     return AuditResult(frame, corrected, report.noise_rate, files, report.neighbours, rates)

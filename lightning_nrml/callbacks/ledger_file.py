@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_nrml.callbacks.label_ledger_file import in_words, label_frame, label_names
+from lightning_nrml.files import write_frame
 from lightning_nrml.memory import LabelLedger, SampleLedger
 
 if TYPE_CHECKING:
@@ -78,17 +78,12 @@ def write_ledger(ledger: SampleLedger, datamodule: Any, folder: Path) -> Path:
     Of multi-label data there is also ``noise_ledger_labels``, see :func:`label_frame`: every label in the
     parquet, which ``nrml audit --ledger`` reads, and in the CSV those that were ever dropped.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     frames = {"noise_ledger": ledger_frame(ledger, datamodule)}
     if isinstance(ledger, LabelLedger) and getattr(datamodule, "train_label", None) is not None:
         frames["noise_ledger_labels"] = label_frame(ledger, datamodule)
     for stem, frame in frames.items():
         for suffix in ("parquet", "csv"):
-            target, part = folder / f"{stem}.{suffix}", folder / f".{stem}.{suffix}.part"
-            if suffix == "parquet":
-                frame.to_parquet(part, index=False)
-            else:
-                short = frame[frame["times_dropped"] > 0] if stem.endswith("labels") else frame
-                short.to_csv(part, index=False)
-            os.replace(part, target)
+            short = suffix == "csv" and stem.endswith("labels")
+            rows = frame[frame["times_dropped"] > 0] if short else frame
+            write_frame(folder / f"{stem}.{suffix}", rows)
     return folder / "noise_ledger.csv"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_nrml import distributed
+from lightning_nrml.files import whole_file, write_frame
 
 KEYS = ("embedding", "index", "label", "probability")
 
@@ -115,7 +115,6 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
     """
     import pandas as pd
 
-    folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, Any] = {"index": arrays["index"]}
     if "label" in arrays:
         label = arrays["label"]
@@ -124,9 +123,6 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
         columns["probability"] = arrays["probability"].tolist()
     if paths is not None:
         columns["path"] = [paths[i] for i in arrays["index"]]
-    part = folder / ".embeddings.part.npy"
-    np.save(part, arrays["embedding"].astype(np.float32, copy=False))
-    os.replace(part, folder / "embeddings.npy")
-    part = folder / ".index.part.parquet"
-    pd.DataFrame(columns).to_parquet(part, index=False)
-    os.replace(part, folder / "index.parquet")
+    with whole_file(folder / "embeddings.npy") as part:
+        np.save(part, arrays["embedding"].astype(np.float32, copy=False))
+    write_frame(folder / "index.parquet", pd.DataFrame(columns))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
 from lightning_nrml.callbacks.evaluator import SplitEvaluator
+from lightning_nrml.files import write_text
 
 #: logged key -> how a person says it
 ROWS = {
@@ -83,12 +83,9 @@ class FitSummary(Callback):
     def _write_results(self, trainer: Trainer, last: dict[str, float], best: dict[str, float]) -> None:
         """``results.json`` in the run folder: last and best epoch, for scripts that compare runs."""
         folder = Path(self.run_folder or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "lightning", "timm")}
-        part = folder / ".results.json.part"
         content = {"last": last, "best": best, "steps": trainer.global_step, "versions": versions}
-        part.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-        os.replace(part, folder / "results.json")
+        write_text(folder / "results.json", json.dumps(content, indent=2, sort_keys=True))
 
     def lines(self, trainer: Trainer) -> list[str]:
         """Best checkpoint, run folder, and the commands that continue or evaluate the run."""

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lightning_nrml.files import write_text
+
 
 class RunConfig(SaveConfigCallback):
     """Writes ``<run folder>/config.yaml`` and logs the same content as hyperparameters.
@@ -27,9 +29,8 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Rank 0 only; called once, before any other setup."""
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.config_filename
-        path.write_text(f"# written by 'nrml {self.verb}'; run again with --config {path}\n{text}")
+        write_text(path, f"# written by 'nrml {self.verb}'; run again with --config {path}\n{text}")
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere

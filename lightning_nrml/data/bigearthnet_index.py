@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from lightning_nrml.data.bigearthnet_classes import Nomenclature, class_ids
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -277,10 +277,8 @@ def crawl_v1(root: Path, sensor: str, cache: Path) -> Path:
                     partner.append(content["corresponding_s2_patch"])
     columns = {"patch_id": partner, "s1_name": patches} if sensor == "s1" else {"patch_id": patches}
     table = pa.table({**columns, "labels": pa.array(labels, pa.list_(pa.string()))})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
-    pq.write_table(table, partial)
-    os.replace(partial, file)
+    with whole_file(file) as part:
+        pq.write_table(table, part)
     return file
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +20,7 @@ from lightning_nrml.data.noise_types import uniform
 from lightning_nrml.data.remote_sensing import MultiLabelRemoteSensing
 from lightning_nrml.data.sources import DECODE_ERRORS, BadImageError, DecodingSource, FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits
+from lightning_nrml.files import whole_file
 
 #: label order of the multi-label version
 CLASSES = ("urban", "agricultural", "rangeland", "forest", "water", "barren")
@@ -166,10 +165,8 @@ class DeepGlobeDataModule(MultiLabelRemoteSensing):
             with np.load(file, allow_pickle=False) as kept:
                 return [kept[f"arr_{i}"] for i in range(len(masks))]
         shares = [mask_shares(mask, self.tile) for mask in masks]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{uuid.uuid4().hex[:12]}.tmp.npz")
-        np.savez(partial, *shares)
-        os.replace(partial, file)
+        with whole_file(file) as part:
+            np.savez(part, *shares)
         return shares
 
 

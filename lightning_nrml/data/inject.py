@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from lightning_nrml.data.noise import label_hash
 from lightning_nrml.data.noise_types import NoisyLabels
 from lightning_nrml.data.splits import Split, Splits, check_splits
 from lightning_nrml.data.tables import SUFFIXES, write_label_table
+from lightning_nrml.files import write_text
 
 
 def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = False) -> dict[str, Any]:
@@ -63,9 +62,7 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
     else:
         write_label_table(out, _columns(splits.train, noisy))
     text = json.dumps({"table": out.name, **summary}, indent=1)
-    partial = summary_file.with_name(f".{summary_file.name}.{uuid.uuid4().hex[:12]}.tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, summary_file)
+    write_text(summary_file, text + "\n")
     return {"table": str(out), **summary}
 
 

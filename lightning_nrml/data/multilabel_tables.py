@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
-from lightning_nrml.data.tables import write_frame
+from lightning_nrml.files import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd

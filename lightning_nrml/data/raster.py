@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from lightning_nrml.data.extras import import_extra
 from lightning_nrml.data.sources import BadImageError, ImageSource
 from lightning_nrml.data.views.base import as_float
+from lightning_nrml.files import write_text
 
 #: images decoded at a time for statistics
 _CHUNK = 64
@@ -186,11 +186,6 @@ def cached_statistics(
         saved = json.loads(file.read_text(encoding="utf-8"))
         return tuple(saved["mean"]), tuple(saved["std"])
     mean, std = band_statistics(images)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
-        partial.write_text(json.dumps({"mean": mean, "std": std}), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):  # it is only a cache
+        write_text(file, json.dumps({"mean": mean, "std": std}))
     return mean, std

@@ -17,12 +17,13 @@ The same format carries noisy labels, partially labelled data, pseudo-labels and
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lightning_nrml.files import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,18 +213,3 @@ def write_label_table(
         frame = pd.DataFrame({name: np.asarray(values) for name, values in frame.items()})
     write_frame(path, _validated(frame, str(path), column))
     return path
-
-
-def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Write a ``.csv`` or ``.parquet`` file at once; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that os.replace stays within one file system; unique, so that writers do not collide.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        if path.suffix.lower() == ".csv":
-            frame.to_csv(partial, index=False)
-        else:
-            frame.to_parquet(partial, index=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_nrml.files import whole_file
+
 PREFIX = "backbone."
 # Batch norm does not need the number of batches it has seen, and some files leave it out.
 OPTIONAL = "num_batches_tracked"
@@ -112,9 +114,8 @@ def export_backbone(checkpoint: str | Path, target: str | Path) -> dict[str, Ten
     state = {k: v.detach().cpu().clone() for k, v in backbone_state(checkpoint, "checkpoint").items()}
     if not state:
         raise ValueError(f"checkpoint '{checkpoint}' holds no tensors: nothing to export.")
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, target)
+    with whole_file(Path(target)) as part:
+        torch.save(state, part)
     return state
 
 
