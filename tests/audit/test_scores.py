@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from lightning_nrml.audit import audit_scores, mixture_rate
-from lightning_nrml.audit.scores import _evidence, _log_clean, _means, _Problem
+from lightning_nrml.audit.scores import _confusion, _evidence, _fit, _judge, _log_clean, _means, _Problem
+from lightning_nrml.audit.scores import _problem as problem_of
+from lightning_nrml.audit.scores import _sample as sample_of
 
 
 def blobs(rate: float, classes: int = 6, each: int = 60, spread: float = 0.5, seed: int = 0):
@@ -58,6 +60,66 @@ def test_bayes_in_the_log_domain():
     torch.testing.assert_close(far[0] - far[1], torch.tensor(100.0))
 
 
+def confused(spread: float):
+    """Four classes; four tenths of class 0 are given as class 1, nothing else is wrong."""
+    row, _, clean = blobs(0.0, classes=4, each=400, spread=spread)
+    flip = torch.rand(len(clean), generator=torch.Generator().manual_seed(1)) < 0.4
+    return row, torch.where(flip & (clean == 0), 1, clean), clean
+
+
+def test_finds_who_is_taken_for_whom():
+    row, label, _ = confused(0.8)
+    found = audit_scores(row, label, 4)
+    assert found.confusion is not None
+    expected = torch.eye(4)
+    expected[0, :2] = torch.tensor([0.6, 0.4])
+    torch.testing.assert_close(found.confusion, expected, atol=0.06, rtol=0)
+
+
+def test_wrong_labels_that_one_rate_for_all_pairs_explains_away():
+    row, label, clean = confused(1.5)  # classes overlap
+    wrong = label != clean
+    problem = problem_of(F.normalize(row, dim=1), label, 4, "both", 20, 0.1, 5, 0, "torch")
+    even = _judge(problem, _fit(*sample_of(problem), 4), None)
+    mistakes = [((s.log_p_clean.exp() < 0.5) != wrong).sum() for s in (audit_scores(row, label, 4), even)]
+    assert mistakes[0] < 0.7 * mistakes[1]
+
+
+def test_confusion_equals_a_slow_loop():
+    g = torch.Generator().manual_seed(0)
+    evidence = torch.randn(3, 60, 3, generator=g)
+    label = torch.randint(0, 3, (60,), generator=g)
+    theta = torch.tensor([0.1, -0.2, 0.3, -1.0])
+    a, b, d = theta[:3].exp()
+    p = (a * evidence[0] + b * evidence[1] + d * evidence[2]).softmax(1).double()
+    rate = 1 / (1 + math.e)
+    prior = [[1 - rate if c == j else rate / 2 for j in range(3)] for c in range(3)]
+    flow = [list(r) for r in prior]
+    for _ in range(30):
+        mass = [[10 * 3 * prior[c][j] for j in range(3)] for c in range(3)]
+        for i in range(60):
+            joint = [float(p[i, c]) * flow[c][label[i]] for c in range(3)]
+            for c in range(3):
+                mass[c][label[i]] += joint[c] / sum(joint)
+        flow = [[m / sum(row) for m in row] for row in mass]
+    torch.testing.assert_close(_confusion(evidence, label, theta), torch.tensor(flow), atol=1e-5, rtol=1e-4)
+
+
+def test_even_confusion_is_the_symmetric_model():
+    row, label, _ = blobs(0.3)
+    problem = problem_of(F.normalize(row, dim=1), label, 6, "both", 20, 0.1, 5, 0, "torch")
+    theta = _fit(*sample_of(problem), 6)
+    rate = float(theta[-1].sigmoid())
+    even = torch.full((6, 6), rate / 5).fill_diagonal_(1 - rate)
+    by_pairs, by_rate = _judge(problem, theta, even), _judge(problem, theta, None)
+    torch.testing.assert_close(by_pairs.log_p_clean, by_rate.log_p_clean, atol=1e-4, rtol=1e-3)
+
+
+def test_too_few_samples_for_pairs_of_classes():
+    row, label, _ = blobs(0.3, classes=6, each=5)
+    assert audit_scores(row, label, 6).confusion is None  # 30 samples, 36 pairs
+
+
 def test_evidence_equals_a_slow_loop():
     row, label, _ = blobs(0.3, classes=3, each=6)
     row = F.normalize(row, dim=1)
@@ -93,7 +155,7 @@ def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     may differ in the last bit; its own vote would change the confidence by a tenth.
     """
     monkeypatch.setattr(
-        "lightning_nrml.audit.scores._fit", lambda problem: torch.tensor([1.5, 0.5, 0.0, -1.0])
+        "lightning_nrml.audit.scores._fit", lambda *sample: torch.tensor([1.5, 0.5, 0.0, -1.0])
     )
     row, label, clean = blobs(0.3, each=20)
     one, two = label.clone(), label.clone()
