@@ -18,9 +18,9 @@ r is the rate of wrong labels; the estimate that is reported is the mean of 1 - 
 of a class are alike, soft votes (small a, b) explain disagreement as well as noise does, and better if the
 net has moved samples a little towards wrong labels that it was trained on; a prior prefers sharp votes.
 
-People take cats for dogs rather than for trucks. With at least one sample for each pair of classes, chances
-T[c, j] that class c is given as j are found by expectation maximisation at the fitted a, b, d (Dawid and
-Skene 1979, for one labeller), with the symmetric noise above as a prior of ten samples for each pair:
+People take cats for dogs rather than for trucks. With more than two classes and a sample for each pair of
+them, chances T[c, j] that class c is given as j are found by expectation maximisation at the fitted a, b, d
+(Dawid and Skene 1979, for one labeller), with the noise above as a prior of ten samples for each pair:
 
     P_clean      = p(given | x) T[given, given] / sum_c p(c | x) T[c, given]
 
@@ -138,7 +138,8 @@ def audit_scores(
     problem = _problem(row, label, count, evidence, k, temperature, folds, seed, backend)
     sample = _sample(problem)
     theta = _fit(*sample, count)
-    return _judge(problem, theta, _confusion(*sample, theta) if len(row) >= count**2 else None)
+    many = count > 2 and len(row) >= count**2
+    return _judge(problem, theta, _confusion(*sample, theta) if many else None)
 
 
 def audit_label_scores(
