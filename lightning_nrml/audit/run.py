@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,11 @@ def audit(
     )
     suspects = torch.from_numpy(shown_rows(frame, options.gallery)["index"].to_numpy(copy=True))
     near = trusted_neighbours(embedding, rows, data.label, scores, suspects, options.neighbours, labels)
-    shown = {**(facts or {}), "embedding": f"{embedding.shape[1]} numbers", **_method(scores, options)}
+    shown = {
+        **(facts or {}),
+        "embedding": f"{embedding.shape[1]} numbers",
+        **_method(scores, options, data.class_names),
+    }
     report = ReportFacts("Label audit", shown, scores.noise_rate, True, near)
     return _write(folder, frame, data, options, report, samples)
 
@@ -139,13 +143,27 @@ def audit_ledger(
     return _write(folder, frame, data if samples is None else label_entries(data), options, report, samples)
 
 
-def _method(scores: AuditScores, options: AuditOptions) -> dict[str, str]:
+def _method(scores: AuditScores, options: AuditOptions, class_names: Sequence[str] | None) -> dict[str, str]:
     fitted = ", ".join(f"{name} {value:.3g}" for name, value in scores.parameters.items())
-    return {
+    facts = {
         "scores": f"out-of-sample, evidence: {options.evidence}, {options.k} neighbours",
         "fitted noise model": fitted,
         "corrected table": f"rule {options.rule}, doubted below P_clean {options.below:g}",
     }
+    if scores.confusion is not None:
+        facts["most often given as another class"] = _most_confused(scores.confusion, class_names)
+    return facts
+
+
+def _most_confused(confusion: Tensor, class_names: Sequence[str] | None, count: int = 3) -> str:
+    """The ``count`` largest chances, as in ``cat as dog 14%``."""
+    names = class_names or [str(c) for c in range(len(confusion))]
+    chance = confusion.clone().fill_diagonal_(-1)
+    value, place = chance.flatten().topk(count)
+    pairs = [divmod(i, len(confusion)) for i in place.tolist()]
+    return ", ".join(
+        f"{names[c]} as {names[j]} {v:.0%}" for (c, j), v in zip(pairs, value.tolist(), strict=True)
+    )
 
 
 def _spread(judged: AuditScores, at: Tensor, num_samples: int) -> AuditScores:
@@ -159,7 +177,9 @@ def _spread(judged: AuditScores, at: Tensor, num_samples: int) -> AuditScores:
         column = torch.full((num_samples,), empty, dtype=value.dtype)
         column[at] = value.cpu()
         columns.append(column)
-    return AuditScores(columns[0], columns[1], columns[2], judged.noise_rate, judged.parameters)
+    return AuditScores(
+        columns[0], columns[1], columns[2], judged.noise_rate, judged.parameters, judged.confusion
+    )
 
 
 def _write(

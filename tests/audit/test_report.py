@@ -62,6 +62,24 @@ def digits(tmp_path_factory):
     )
 
 
+def test_names_who_is_taken_for_whom(tmp_path):
+    """A fourth of the threes is given as eights, and the report says so first."""
+    data = DigitsDataModule()
+    images = data.splits.train.images
+    pixels = images.get(range(len(images))).float().flatten(1)
+    label = data.train_label.clone()
+    label[(label == 3).nonzero().flatten()[::4]] = 8
+    described = AuditData(label, 10, [f"digit {i}" for i in range(10)])
+    found = audit(pixels - pixels.mean(1, keepdim=True), described, tmp_path, AuditOptions(gallery=5))
+    summary = json.loads(found.files["summary"].read_text())
+    first, second, third = summary["most often given as another class"].split(", ")
+    assert first.startswith("digit 3 as digit 8 ")
+    shares = [float(text.rsplit(" ", 1)[1].rstrip("%")) for text in (first, second, third)]
+    assert 10 <= shares[0] <= 30
+    assert shares[1] < 10
+    assert shares == sorted(shares, reverse=True)
+
+
 def test_digits_are_ranked_and_counted(digits):
     page = embedded(digits.files["report"])
     assert page["pr"]["auroc"] > 0.99
