@@ -25,6 +25,8 @@ from runner import REPO, Job, last_results, parser, replace_tables, run_missing,
 
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 QUALITY = ("precision", "recall", "auroc", "average_precision")
+#: noise that costs less than this leaves no gap to close
+MIN_GAP = 0.02
 #: what a method or detector is called, in the order of the tables
 LABELS = METHODS | {row: text for rows in DETECTORS.values() for row, text in rows.items()}
 
@@ -116,9 +118,9 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
 
     def gap(method: str, key: str) -> str:
         low, high, value = mean("none", key), mean("known_clean", key), mean(method, key)
-        if method in UNFILTERED or None in (low, high, value) or high == low:
+        if method in UNFILTERED or low is None or high is None or value is None or high - low < MIN_GAP:
             return "–"
-        return f"{(value - low) / (high - low):+.2f}"  # type: ignore[operator]
+        return f"{(value - low) / (high - low):+.2f}"
 
     lines = [
         f"**{setting.title}**", "",
