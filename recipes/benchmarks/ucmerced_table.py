@@ -192,7 +192,7 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     axes[0][0].set_ylabel("mAP macro, clean test labels")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.24, 1, 1))
+    figure.tight_layout(rect=(0, 0.03 + 0.055 * -(-len(handles) // 2), 1, 1))  # room for the legend's rows
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130, metadata={"Software": None})
     plt.close(figure)
