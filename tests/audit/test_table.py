@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lightning_nrml.audit import apply_review, audit_table, corrected_labels, from_ledger
-from lightning_nrml.audit.table import write_both
+from lightning_nrml.audit.table import class_noise, write_both
 from lightning_nrml.callbacks.ledger_file import write_ledger
 from lightning_nrml.data import DigitsDataModule, NoiseConfig, TableDataModule
 from lightning_nrml.memory import SampleLedger
@@ -111,3 +111,18 @@ def test_ledger(tmp_path):
     (tmp_path / "x.csv").write_text("index,label\n0,1\n")
     with pytest.raises(ValueError, match="has no column 'mean_log_p_clean'"):
         from_ledger(tmp_path / "x.csv")
+
+
+def test_noise_by_class_with_and_without_the_truth():
+    p_clean = np.array([0.9, 0.5, 0.2, 1.0])
+    label, clean = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    known = audit_table(label, np.log(p_clean), label, clean_label=clean)
+    noise = class_noise(known, calibrated=True)
+    assert noise["count"].tolist() == [2, 2]
+    np.testing.assert_allclose(noise["wrong"], [0.3, 0.4], atol=1e-6)
+    assert noise["truth"].tolist() == [0.5, 0.5]
+    # a ledger's scores are no probabilities: what it did not keep counts
+    keep = {"keep": np.array([True, False, True, True])}
+    ledger = class_noise(audit_table(label, np.log(p_clean), label, extra=keep), calibrated=False)
+    assert ledger["wrong"].tolist() == [0.5, 0.0]
+    assert ledger["truth"].isna().all()
