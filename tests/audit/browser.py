@@ -143,6 +143,15 @@ class Browser:
         )
         return self.cards()
 
+    def save(self, path: Path) -> Path:
+        """Press a report's button and wait for the file that it downloads."""
+        self.run("document.getElementById('save').click()")
+        for _ in range(300):
+            if path.exists() and path.stat().st_size:
+                break
+            time.sleep(0.2)
+        return path
+
     def screenshot(self, path: Path) -> None:
         """The visible part as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

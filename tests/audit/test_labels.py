@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -303,12 +302,7 @@ def test_in_a_browser(found, scene, tmp_path):
         assert page.run("document.documentElement.scrollWidth") <= 390
         page.press("i")
         assert page.run("document.documentElement.scrollWidth") <= 390
-        page.run("document.getElementById('save').click()")
-        saved = tmp_path / "labels_reviewed.csv"
-        for _ in range(300):
-            if saved.exists() and saved.stat().st_size:
-                break
-            time.sleep(0.2)
+        saved = page.save(tmp_path / "labels_reviewed.csv")
         assert page.problems == []
     _, given, _ = scene
     read = read_multilabel_table(saved)

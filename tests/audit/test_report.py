@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -221,12 +220,7 @@ def test_in_a_browser(digits, tmp_path):
         assert page.cards() == table["index"][24:48].tolist()
         # export
         page.choose("rule", "relabel")
-        page.run("document.getElementById('save').click()")
-        saved = tmp_path / "labels_reviewed.csv"
-        for _ in range(300):
-            if saved.exists() and saved.stat().st_size:
-                break
-            time.sleep(0.2)
+        saved = page.save(tmp_path / "labels_reviewed.csv")
         # readable on a phone: nothing sticks out sideways
         page.size(390, 844, phone=True)
         assert page.run("document.documentElement.scrollWidth") <= 390
