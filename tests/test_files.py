@@ -11,10 +11,12 @@ from lightning_nrml.files import whole_file, write_frame, write_text
 def test_the_old_content_stays_until_the_end(tmp_path):
     file = tmp_path / "new" / "a.txt"
     write_text(file, "old ä")
-    with whole_file(file) as part:
-        assert part.suffix == ".txt"  # numpy.save adds its own to any other
-        part.write_text("new")
-        assert file.read_text(encoding="utf-8") == "old ä"
+    with file.open(encoding="utf-8") as reader:
+        with whole_file(file) as part:
+            assert part.suffix == ".txt"  # numpy.save adds its own to any other
+            part.write_text("new")
+            assert file.read_text(encoding="utf-8") == "old ä"
+        assert reader.read() == "old ä"  # put in its place, not written over
     assert file.read_text() == "new"
     assert list(file.parent.iterdir()) == [file]
 

@@ -97,6 +97,17 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
     assert noise_table.detection_table(SETTINGS["omniglot_50"], detection) == ""
 
 
+def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
+    scores = {"none": (0.50, 0.20), "prism_avg": (0.56, 0.21), "known_clean": (0.60, 0.21)}
+    rows = [
+        dict.fromkeys(noise_table.COLUMNS) | {"setting": "digits_50", "method": method, "seed": 0}
+        | {"val/recall@1": recall, "val/map@r": map_r}
+        for method, (recall, map_r) in scores.items()
+    ]  # fmt: skip
+    text = noise_table.table(SETTINGS["digits_50"], rows)
+    assert "| PRISM AvgSim | 1 | 0.560 | 0.210 | +0.60 / – |" in text  # MAP@R: .01 of .01 is no news
+
+
 def test_out_of_fold_probabilities_do_not_know_their_own_label() -> None:
     g = np.random.default_rng(0)
     clean = np.arange(120) % 3
