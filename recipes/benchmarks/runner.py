@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,14 @@ class Job:
 
     Args:
         folder: where it goes; the commands write there.
-        stages: arguments of ``nrml``, a list for each command, run one after the other.
+        stages: arguments of ``nrml``, a list for each command, run one after the other; or, where a peer
+            trains, a function of a module and its arguments.
         result: a function of a module (it goes to another process) that is called with the folder after the
             last command; what it returns goes to ``done.json``. Its time does not count.
     """
 
     folder: Path
-    stages: Sequence[Sequence[str]]
+    stages: Sequence[Sequence[str] | partial[Any]]
     result: Callable[[Path], dict[str, Any]] = last_results
 
     @property
@@ -100,18 +102,27 @@ def _run(job: Job) -> tuple[Path, float]:
     torch.set_num_threads(1)
     folder = job.folder
     folder.mkdir(parents=True, exist_ok=True)
-    commands = "".join(f"nrml {shlex.join(args)}\n" for args in job.stages)
+    commands = "".join(_shown_stage(stage) + "\n" for stage in job.stages)
     (folder / "command.txt").write_text(commands, encoding="utf-8")
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     start = time.process_time()
-    for args in job.stages:
-        if run(list(args)):
+    for stage in job.stages:
+        if isinstance(stage, partial):
+            stage()
+        elif run(list(stage)):
             raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
     seconds = time.process_time() - start
     write_json(folder / DONE, {**job.result(folder), "cpu_seconds": round(seconds, 1)})
     return folder, seconds
+
+
+def _shown_stage(stage: Sequence[str] | partial[Any]) -> str:
+    """A line of ``command.txt``."""
+    if isinstance(stage, partial):
+        return f"{stage.func.__name__}({', '.join(map(repr, stage.args))})"
+    return f"nrml {shlex.join(stage)}"
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
@@ -124,13 +135,13 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
 # ---- publishing ------------------------------------------------------------------------------------
 
 
-def shown(values: Iterable[float | None]) -> str:
-    """Mean and standard deviation of what is known of the values."""
+def shown(values: Iterable[float | None], form: str = ".3f") -> str:
+    """Mean, in the given form, and standard deviation of what is known of the values."""
     known = [float(v) for v in values if v is not None and v == v]
     if not known:
         return "–"
     deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}{deviation}"
+    return f"{statistics.fmean(known):{form}}{deviation}"
 
 
 def write_csv(

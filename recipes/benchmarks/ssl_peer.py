@@ -16,71 +16,48 @@ through the same ``LinearProbe`` recipe. Results: ``docs/benchmarks/ssl_peer_run
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import multiprocessing as mp
 import os
-import re
 import statistics
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from runner import REPO, Job, parser, replace_tables, run_missing, shown, write_csv, write_json
 from ssl_peer_nets import PEERS, Loop, Ours, SimCLRPeer
-from ssl_table import METHODS, REPO, commands, prepare, settings
+from ssl_table import COLUMNS, METHODS, commands, measured, prepare, settings
 
-from lightning_nrml.cli.app import NRMLCLI, run
+from lightning_nrml.cli.app import NRMLCLI
 
 SIDES = {"ours": "ours", "lightly": "lightly"}
 SETTINGS = ("digits", "caltech101")
-COLUMNS = ("knn_top1", "probe_top1", "recall@1", "map@r")
 HEADS = {"knn_top1": "kNN top-1", "probe_top1": "linear top-1", "recall@1": "Recall@1", "map@r": "MAP@R"}
 
 
-def peer_run(method: str, fit: list[str], folder: Path) -> dict[str, float]:
-    """Train a peer by the recipe of ``fit``; writes ``backbone.pt`` and returns the last epoch's metrics."""
+def peer_run(method: str, fit: list[str], folder: Path) -> None:
+    """Train a peer by the recipe of ``fit``; writes ``backbone.pt`` and, as a fit does, ``results.json``."""
     cli = NRMLCLI(fit[1:], run=False)
     net = PEERS[method](cli.model)
     Loop(cli.datamodule, cli.model, net, cli.trainer.max_epochs).run()
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(net.backbone.state_dict(), folder / "backbone.pt")
     cli.model.backbone.load_state_dict(net.backbone.state_dict())
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-    return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+    last = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+    write_json(folder / "results.json", {"last": last})
 
 
-def last_metrics(folder: Path) -> dict[str, float]:
-    """What a run of ``nrml fit`` reached."""
-    found: dict[str, float] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["last"]
-    return found
-
-
-def work(job: tuple[str, str, list[list[str]], Path]) -> tuple[Path, float]:
-    """One run in this process, on one thread; its output goes to ``log.txt``."""
-    side, method, (fit, probe), folder = job
-    torch.set_num_threads(1)
-    (folder / "pretrain").mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    start = time.process_time()
+def job(side: str, method: str, stages: list[list[str]], folder: Path) -> Job:
+    """One run of either side; ``stages``: the recipe's pretraining and its probe."""
     if side == "lightly":
-        found = peer_run(method, fit, folder)
-        probe = [*probe[:-1], f"--model.init_args.init_weights={folder / 'backbone.pt'}"]
-    elif run(fit):
-        raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
-    else:
-        found = last_metrics(folder / "pretrain")
-    if run(probe):
-        raise RuntimeError(f"probe failed, see {folder / 'log.txt'}")
-    found = found | last_metrics(folder / "probe")
-    kept = {key: found[f"val/{key}"] for key in COLUMNS if f"val/{key}" in found}
-    kept["cpu_seconds"] = round(time.process_time() - start, 1)
-    written = folder / "done.json.part"
-    written.write_text(json.dumps(kept))
-    os.replace(written, folder / "done.json")
-    return folder, kept["cpu_seconds"]
+        fit, probe = stages
+        start = folder / "pretrain" / "backbone.pt"
+        probe = [*probe[:-1], f"--model.init_args.init_weights={start}"]
+        return Job(folder, [partial(peer_run, method, fit, start.parent), probe], measured)
+    return Job(folder, stages, measured)
 
 
 def finished(args: argparse.Namespace, side: str, setting: str, method: str, seed: int) -> Path | None:
@@ -149,21 +126,11 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(values: list[float], form: str = ".3f") -> str:
-    """Mean and, of several, standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
-
-
 def publish(args: argparse.Namespace) -> None:
     """Write the CSV and replace the tables in docs/benchmarks.md."""
     rows = collect(args)
-    path = REPO / "docs" / "benchmarks" / "ssl_peer_runs.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["setting", "method", "side", "seed", *COLUMNS, "cpu_seconds"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+    names = ["setting", "method", "side", "seed", *COLUMNS, "cpu_seconds"]
+    write_csv(REPO / "docs" / "benchmarks" / "ssl_peer_runs.csv", rows, names)
     titles = {setting.name: setting.title for setting in settings()}
     of = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
     parts = [table(titles[name], of[name]) for name in SETTINGS if of[name]]
@@ -176,27 +143,18 @@ def publish(args: argparse.Namespace) -> None:
             f"load {t['load']:.1f} on {os.cpu_count()} cores).\n"
         )
     parts.append(f"Versions: lightly {version('lightly')}, torch {version('torch')}.\n")
-    page = REPO / "docs" / "benchmarks.md"
-    mark = re.compile(r"(<!-- ssl peer tables -->\n).*?(<!-- end ssl peer tables -->)", re.DOTALL)
-    text = "\n".join(parts)
-    old = page.read_text(encoding="utf-8")
-    page.write_text(mark.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old), encoding="utf-8")
-    print(text)
+    replace_tables(REPO / "docs" / "benchmarks.md", "ssl peer tables", "\n".join(parts))
 
 
 def main() -> None:
     """Parse arguments, run what is missing, publish."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=REPO / "data")
-    parser.add_argument("--out", type=Path, default=REPO / "runs" / "ssl_peer")
-    parser.add_argument("--ours", type=Path, default=REPO / "runs" / "ssl_table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["digits"])
-    parser.add_argument("--methods", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--epochs", type=int, help="pretraining epochs, for a try-out; default the recipe's")
-    parser.add_argument("--time", action="store_true", help="measure the time of a step, train nothing")
-    args = parser.parse_args()
+    options = parser(__doc__, "ssl_peer", PEERS, PEERS)
+    options.add_argument("--ours", type=Path, default=REPO / "runs" / "ssl_table")
+    options.add_argument("--settings", nargs="+", choices=SETTINGS, default=["digits"])
+    options.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    options.add_argument("--epochs", type=int, help="pretraining epochs, for a try-out; default the recipe's")
+    options.add_argument("--time", action="store_true", help="measure the time of a step, train nothing")
+    args = options.parse_args()
     args.data, args.out, args.ours = args.data.resolve(), args.out.resolve(), args.ours.resolve()
     jobs = []
     for setting in settings():
@@ -211,13 +169,10 @@ def main() -> None:
                     if finished(args, side, setting.name, method, seed) is None:
                         folder = args.out / side / setting.name / method / f"seed{seed}"
                         stages = commands(setting, method, seed, folder, source, target, args.epochs)
-                        jobs.append((side, method, stages, folder))
-    os.environ["OMP_NUM_THREADS"] = "1"
+                        jobs.append(job(side, method, stages, folder))
+    run_missing(jobs, args.out, 1)
     if args.time:
         step_time(args)
-    with mp.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for folder, seconds in pool.imap(work, jobs):
-            print(f"{time.strftime('%H:%M:%S')} {folder.relative_to(args.out)} {seconds:.0f} s", flush=True)
     publish(args)
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import noise_table
@@ -36,6 +37,21 @@ def nrml(monkeypatch) -> None:
 def probed(folder: Path) -> dict[str, float]:
     assert not (folder / "done.json").exists(), "a run is done after its result"
     return {"map@r": last_results(folder)["last"]["val/map@r"]}
+
+
+def peer(folder: Path, word: str) -> None:
+    folder.mkdir()
+    (folder / "weights").write_text(word)
+
+
+@pytest.mark.usefixtures("nrml")
+def test_a_peer_is_a_stage_among_commands(tmp_path) -> None:
+    folder = tmp_path / "run"
+    job = Job(folder, [partial(peer, folder / "peer", "seen"), ["fit", str(folder)]])
+    run_missing([job], tmp_path, 1)
+    assert (folder / "peer" / "weights").read_text() == "seen"
+    assert last_results(folder)["last"] == {"val/map@r": 0.5}
+    assert (folder / "command.txt").read_text() == f"peer({folder / 'peer'!r}, 'seen')\nnrml fit {folder}\n"
 
 
 @pytest.mark.usefixtures("nrml")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import trainer
+from runner import run_missing
 from ssl_runs import digits, module
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,15 +95,24 @@ def test_the_loop_given_our_simclr_is_our_trainer(tmp_path: Path) -> None:
         assert torch.equal(p, q)
 
 
-def test_a_backbone_is_written_for_the_probe_and_measured(tmp_path: Path) -> None:
+def test_a_run_of_the_peer_trains_and_probes_its_backbone(tmp_path: Path) -> None:
+    """The queue that runs ``nrml`` runs the peer too, and its probe starts from what the peer wrote."""
     setting = next(s for s in ssl_table.settings() if s.name == "digits")
-    fit, _ = ssl_table.commands(setting, "byol", 0, tmp_path, tmp_path, tmp_path, 1)
-    found = ssl_peer.peer_run("byol", fit, tmp_path)
-    assert 0.5 < found["val/knn_top1"] <= 1
-    probe = ssl_peer.NRMLCLI(fit[1:], run=False).model
-    load_weights(probe, str(tmp_path / "backbone.pt"))
-    saved = torch.load(tmp_path / "backbone.pt")
-    assert all(torch.equal(value, saved[key]) for key, value in probe.backbone.state_dict().items())
+    folder = tmp_path / "seed0"
+    stages = ssl_table.commands(setting, "byol", 0, folder, tmp_path, tmp_path, 1)
+    stages[1][-1:-1] = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"]
+    run = ssl_peer.job("lightly", "byol", stages, folder)
+    run_missing([run], tmp_path, 1)
+    found = json.loads((folder / "done.json").read_text())
+    assert 0.5 < found["knn_top1"] <= 1
+    assert 0.1 < found["probe_top1"] <= 1
+    peer, probe = (folder / "command.txt").read_text().splitlines()
+    assert peer.startswith("peer_run('byol', ['fit'")
+    assert probe.endswith(f"--model.init_args.init_weights={folder}/pretrain/backbone.pt")
+    saved = torch.load(folder / "pretrain" / "backbone.pt")
+    model = ssl_peer.NRMLCLI(stages[0][1:], run=False).model
+    load_weights(model, str(folder / "pretrain" / "backbone.pt"))
+    assert all(torch.equal(value, saved[key]) for key, value in model.backbone.state_dict().items())
 
 
 def test_table_pairs_seeds_and_prefers_own_runs(tmp_path: Path) -> None:
