@@ -2,10 +2,10 @@
 
     python recipes/benchmarks/ucmerced_table.py --data DATA --jobs 2
 
-Each run is exactly one ``nrml fit`` command (kept in its run folder as ``command.txt``). Finished runs are
-not repeated, so the command can be stopped and started again; ``--size 32``, ``--only mixed_40``,
-``--methods`` and ``--seeds 0`` narrow it. The runs evaluate the *test* images (their clean labels), and the
-last epoch counts: nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one row per
+Each run is one ``nrml fit`` command, or fit, audit and fit (kept in its run folder as ``command.txt``).
+Finished runs are not repeated, so the command can be stopped and started again; ``--size 32``,
+``--only mixed_40``, ``--methods`` and ``--seeds 0`` narrow it. The runs evaluate the *test* images (their
+clean labels), and the last epoch counts: nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one row per
 run), the tables in ``docs/benchmarks.md`` between their markers, and ``docs/assets/ucmerced_*px.png``.
 """
 
@@ -29,8 +29,12 @@ METHODS = {
     "rcml_ramp": "RCML, all kept at first, .8 at the end",
     "prism": "BCE + MultiLabelPRISM, classifier (not told the rate)",
     "prism_both": "BCE + MultiLabelPRISM, classifier and memory (not told the rate)",
+    "cleaned": "BCE on labels that `nrml audit` corrected by a net trained with BCE",
+    "cleaned_prism": "BCE on labels that `nrml audit` corrected by the ledger of MultiLabelPRISM",
     "clean": "BCE on clean labels (upper bound)",
 }
+#: which method trains the net, and what the audit is given of its run
+AUDITED = {"cleaned": ("bce", "--ckpt_path"), "cleaned_prism": ("prism", "--ledger")}
 KINDS = {"mixed": "extra and missing labels", "subtractive": "missing labels", "additive": "extra labels"}
 #: the central ones first
 SETTINGS = (
@@ -76,8 +80,24 @@ class Run(NamedTuple):
     seed: int
 
 
+def stages(run: Run, data: Path, folder: Path) -> list[list[str]]:
+    """Arguments of ``nrml`` for one run; of a net on audited labels for the first net and the audit, too."""
+    if run.method not in AUDITED:
+        return [command(run, data, folder)]
+    method, given = AUDITED[run.method]
+    first = folder / "first"
+    kept = [*command(run._replace(method=method), data, first), "--trainer.enable_checkpointing=true"]
+    noise = "--data.init_args.noise"
+    again = [a for a in command(run._replace(method="bce"), data, folder) if not a.startswith(noise)]
+    return [
+        kept,
+        ["audit", f"{given}={first}", "--rule=relabel"],
+        [*again, f"{noise}={first}/audit/labels_corrected.csv"],
+    ]
+
+
 def command(run: Run, data: Path, folder: Path) -> list[str]:
-    """Arguments of ``nrml`` for one run."""
+    """Arguments of ``nrml fit`` for one net."""
     size, kind, rate, method, seed = run
     recipe = {"clean": "bce", "prism_both": "prism", "rcml_ramp": "rcml"}.get(method, method)
     splits = {"train": "split_train.txt", "val": "split_test.txt"}
@@ -220,7 +240,7 @@ def main() -> None:
     jobs = []
     for run in runs(args.only, args.methods, args.seeds, args.size):
         folder = folder_of(args.out, run)
-        jobs.append(Job(folder, [command(run, args.data.resolve(), folder)]))
+        jobs.append(Job(folder, stages(run, args.data.resolve(), folder)))
     run_missing(jobs, args.out, args.jobs)
     publish(collect(args.out), args.docs)
 
