@@ -5,8 +5,9 @@
 Each run is one ``nrml fit`` command, or fit, audit and fit (kept in its run folder as ``command.txt``).
 Finished runs are not repeated, so the command can be stopped and started again; ``--size 32``,
 ``--only mixed_40``, ``--methods`` and ``--seeds 0`` narrow it. The runs evaluate the *test* images (their
-clean labels), and the last epoch counts: nothing is chosen by them. Results: ``docs/benchmarks/ucmerced_runs.csv`` (one row per
-run), the tables in ``docs/benchmarks.md`` between their markers, and ``docs/assets/ucmerced_*px.png``.
+clean labels), and the last epoch counts: nothing is chosen by them. Results:
+``docs/benchmarks/ucmerced_runs.csv`` (one row per run), the tables in ``docs/benchmarks.md`` between their
+markers, and ``docs/assets/ucmerced_*px.png``.
 """
 
 from __future__ import annotations
