@@ -27,6 +27,31 @@ COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "nois
 QUALITY = ("precision", "recall", "auroc", "average_precision")
 #: noise that costs less than this leaves no gap to close
 MIN_GAP = 0.02
+#: of the overviews: what is measured, then method or detector and what its column is called
+OVERVIEWS = {
+    "noise overview": (
+        "val/recall@1",
+        {
+            "none": "no filter",
+            "cross_entropy": "cross-entropy, no filter",
+            "prism_vmf_shared": "PRISM, told the rate",
+            "consensus": "Consensus, told nothing",
+            "known_clean": "known clean",
+        },
+    ),
+    "detection overview": (
+        "auroc",
+        {
+            "prism_vmf_shared": "PRISM, told the rate",
+            "small_loss": "small loss, told the rate",
+            "consensus": "Consensus, told nothing",
+            "cleanlab": "cleanlab",
+            "audit": "`nrml audit`",
+        },
+    ),
+}
+#: runs of a row that is complete
+SEEDS = 3
 #: what a method or detector is called, in the order of the tables
 LABELS = METHODS | {row: text for rows in DETECTORS.values() for row, text in rows.items()}
 
@@ -153,6 +178,19 @@ def detection_table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(found: list[Setting], rows: list[dict[str, Any]], key: str, columns: dict[str, str]) -> str:
+    """Markdown table with a row for each setting: means, the number of seeds beside those of fewer than 3."""
+    lines = [f"| | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for setting in found:
+        by = by_method(setting, rows)
+        values = [[r[key] for r in by.get(method, ())] for method in columns]
+        few = [f" ({len(v)})" if 0 < len(v) < SEEDS else "" for v in values]
+        if any(values):
+            means = [shown(v).partition(" ")[0] + said for v, said in zip(values, few, strict=True)]
+            lines.append(f"| {setting.title.partition(':')[0]} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n"
+
+
 def publish(out: Path, data: Path) -> None:
     """Write the CSVs and replace the tables in docs/benchmarks.md."""
     rows, detection = collect(out, data), collect_detection(out, data)
@@ -162,6 +200,8 @@ def publish(out: Path, data: Path) -> None:
     for name, make, content in (("noise", table, rows), ("detection", detection_table, detection)):
         made = "\n".join(filter(None, (make(setting, content) for setting in settings(data))))
         replace_tables(REPO / "docs" / "benchmarks.md", f"{name} tables", made)
+        made = overview(settings(data), content, *OVERVIEWS[f"{name} overview"])
+        replace_tables(REPO / "docs" / "benchmarks.md", f"{name} overview", made)
 
 
 def main() -> None:

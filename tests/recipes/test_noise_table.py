@@ -97,6 +97,19 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
     assert noise_table.detection_table(SETTINGS["omniglot_50"], detection) == ""
 
 
+def test_an_overview_has_means_and_says_where_seeds_lack() -> None:
+    values = {"none": [0.5, 0.6, 0.7], "consensus": [0.9], "bare": [0.1]}
+    rows = [
+        {"setting": "digits_50", "method": method, "seed": seed, "val/recall@1": value}
+        for method, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    key, columns = noise_table.OVERVIEWS["noise overview"]
+    head, rule, *lines = noise_table.overview(list(SETTINGS.values()), rows, key, columns).splitlines()
+    assert (head.count("|"), rule.count("|")) == (7, 7)
+    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | – | 0.900 (1) | – |"]
+
+
 def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
     scores = {"none": (0.50, 0.20), "prism_avg": (0.56, 0.21), "known_clean": (0.60, 0.21)}
     rows = [
