@@ -23,6 +23,7 @@ METHODS = {
     "combined": "contrastive + 0.3 cross-entropy, no filter",
     "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
     "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
+    "consensus_softmax": "cross-entropy + Consensus (not told the rate)",
     "consensus_told": "contrastive + 0.3 cross-entropy + Consensus",
     "frozen": "cross-entropy, no filter, kept for frozen embeddings",
     "consensus_frozen": "contrastive + 0.3 cross-entropy + Consensus, kept for frozen embeddings",
@@ -40,7 +41,9 @@ UNFILTERED = (
 FROZEN = ("frozen", "consensus_frozen")
 #: run unless --methods says otherwise
 USUAL = tuple(m for m in METHODS if m != "combined_prism" and not m.startswith("pretrained"))
-SOFTMAX_ONLY = ("cross_entropy", "cleaned_cross_entropy", "frozen", "bare", "small_loss")
+SOFTMAX_ONLY = (
+    "cross_entropy", "cleaned_cross_entropy", "frozen", "bare", "small_loss", "consensus_softmax",
+)  # fmt: skip
 BOTH_LOSSES = ("combined", "combined_prism", "consensus", "consensus_told", "consensus_frozen")
 
 
