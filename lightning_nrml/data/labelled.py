@@ -137,7 +137,7 @@ class LabelledData(LightningDataModule):
 
         It starts with the ``keep`` column of the label table, if there is one.
         """
-        assert self.splits is not None  # loads them
+        self.splits  # noqa: B018 - loads them
         return self._train_keep
 
     @property
