@@ -66,7 +66,7 @@ class Selection:
 
     Args:
         weight: ``(B,)`` in [0, 1] (or ``(B, L)``, one for each label), 0 or NaN = dropped from every loss and
-            memory.
+            memory; below 1/2 from memories only.
         score: of the same shape, log-probability that the given label is right; NaN = no opinion.
         threshold: 0-d tensor, the score that had to be passed (NaN if none applied).
         stats: further scalars or per-class/per-sample tensors, for logs and audits.
@@ -82,8 +82,11 @@ class Selection:
 
     @property
     def keep(self) -> Tensor:
-        """``(B,)`` (or ``(B, L)``) bool, True where the sample (or the label) takes part at all."""
-        return self.weight > 0
+        """``(B,)`` (or ``(B, L)``) bool, True where the sample (or the label) is trusted: weight >= 1/2.
+
+        Only these enter memories and count as kept; the loss takes the weights as they are.
+        """
+        return self.weight >= 0.5
 
     def rows(self, rows: slice) -> Selection:
         """The same decision for a contiguous part of the batch (this rank's rows)."""

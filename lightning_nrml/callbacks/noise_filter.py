@@ -290,7 +290,7 @@ class NoiseFilterCallback(Callback):
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
     ) -> None:
-        keep = selection.weight >= 0.5  # of soft weights, too
+        keep = selection.keep
         kept, count = self._kept
         self._kept = (kept + keep.sum(), count + keep.numel())
         pl_module.log("train/keep_rate", keep.float().mean(), prog_bar=True, batch_size=len(index))
@@ -307,7 +307,7 @@ class NoiseFilterCallback(Callback):
         sizes = distributed.gather_sizes(len(clean), clean.device)
         own = selection.rows(distributed.own_rows(sizes))
         given = batch["label"] if self._quality.num_labels else None
-        self._quality.update(own.weight >= 0.5, clean != batch["label"], own.score, given)
+        self._quality.update(own.keep, clean != batch["label"], own.score, given)
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ class MultiLabelPRISM(NoiseFilter):
         self.evidence_weight.index_copy_(0, ctx.index, judged["weight"][final])
         self.groups.fit(self.steps < self.warmup_steps, self.noise_rate)
         if self.bank is not None:
-            trusted = (selection.weight.to(ctx.label.device) >= 0.5) & judged["finite"].unsqueeze(1)
+            trusted = selection.keep.to(ctx.label.device) & judged["finite"].unsqueeze(1)
             self.bank.remember(ctx.index, judged["rows"], ctx.label, trusted)
         self.steps.add_(1)
 

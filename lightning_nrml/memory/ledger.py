@@ -60,8 +60,8 @@ class SampleLedger(StateModule):
 
         Args:
             index: ``(B,)`` dataset positions.
-            weight: ``(B,)`` weights, 0 = dropped; or ``(B, L)`` for multi-label data, where a sample
-                counts as dropped when all its labels were.
+            weight: ``(B,)`` weights, below 1/2 (or NaN) = dropped; or ``(B, L)`` for multi-label data, where
+                a sample counts as dropped when all its labels were.
             score: ``(B,)`` or ``(B, L)`` (mean over the labels); NaN = no opinion, leaves the score as it is.
             suggested: ``(B,)`` labels, -1 = no suggestion: leaves the old one.
 
@@ -70,20 +70,21 @@ class SampleLedger(StateModule):
             IndexError: if an index is outside the training set (checked on the CPU only).
         """
         rows = len(index)
-        if weight.ndim == 2:
-            weight = weight.amax(dim=1)
+        kept = weight >= 0.5
+        if kept.ndim == 2:
+            kept = kept.any(dim=1)
         if score.ndim == 2:
             score = score.float().nanmean(dim=1)
-        named = {"index": index, "weight": weight, "score": score, "suggested": suggested}
+        named = {"index": index, "weight": kept, "score": score, "suggested": suggested}
         for name, x in named.items():
             if x is not None:
                 check_vector(x, rows, name, "SampleLedger.record")
         check_index(index, self.num_samples, "SampleLedger")
         index = index.to(self.seen.device)
-        weight, score = weight.to(index.device), score.to(self.last_score)
+        kept, score = kept.to(index.device), score.to(self.last_score)
 
         self.seen.index_add_(0, index, torch.ones_like(index))
-        self.dropped.index_add_(0, index, (weight <= 0).to(torch.int64))
+        self.dropped.index_add_(0, index, (~kept).to(torch.int64))
         scored = ~score.isnan()
         self.score_sum.index_add_(0, index, torch.where(scored, score, 0.0))
         self.score_count.index_add_(0, index, scored.to(torch.int64))

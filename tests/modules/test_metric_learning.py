@@ -67,7 +67,7 @@ def test_memory_takes_kept_finite_rows_in_order() -> None:
     z = F.normalize(torch.randn(6, 16), dim=1)
     z[4] = torch.nan
     ctx = FilterContext(z, torch.arange(6), torch.arange(6) + 100)
-    keep = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 1.0])
+    keep = torch.tensor([1.0, 0.49, 0.5, 1.0, 1.0, 1.0])  # soft weights: from one half on
     net.remember(ctx, Selection(keep, keep, keep[0]))
     assert net.memory.index[:4].tolist() == [100, 102, 103, 105]
     assert torch.equal(net.memory.get()[0], z[[0, 2, 3, 5]])
