@@ -261,11 +261,9 @@ class KnownClean(NoiseFilterCallback):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(filter=None, **kwargs)
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Build the mask from ``datamodule.train_is_noise``."""
-        if stage == "fit" and self.filter is None:
-            noise = getattr(trainer.datamodule, "train_is_noise", None)
-            if noise is None:
-                raise ValueError("KnownClean needs a datamodule that knows which labels are wrong.")
-            self.filter = filters.FixedFilter(~noise)
-        super().setup(trainer, pl_module, stage)
+    def make_filter(self, sizes: RunSizes) -> filters.NoiseFilter:
+        """The mask of this run's data, from ``datamodule.train_is_noise``."""
+        noise = getattr(sizes.data, "train_is_noise", None)
+        if noise is None:
+            raise ValueError("KnownClean needs a datamodule that knows which labels are wrong.")
+        return filters.FixedFilter(~noise)

@@ -12,11 +12,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_nrml import distributed
+from lightning_nrml.callbacks.attached import chain_of, drop_leftovers
 from lightning_nrml.callbacks.ledger_file import write_ledger
 from lightning_nrml.callbacks.run_sizes import RunSizes
-from lightning_nrml.callbacks.whole_set import add_bank, decide, tell_sampler, train_label
+from lightning_nrml.callbacks.whole_set import (
+    add_bank,
+    decide,
+    judge,
+    release_sampler,
+    tell_sampler,
+    train_label,
+)
 from lightning_nrml.filters import NoiseFilter
-from lightning_nrml.filters.chain import FilterChain, Mode, tolerate_absent_filters
+from lightning_nrml.filters.chain import Mode, tolerate_absent_filters
 from lightning_nrml.memory import FeatureBank, LabelLedger, SampleLedger
 from lightning_nrml.metrics import FilterQuality
 from lightning_nrml.types import FilterContext, Selection
@@ -98,6 +106,7 @@ class NoiseFilterCallback(Callback):
         self.save_ledger = save_ledger
         self._quality: FilterQuality | None = None
         self._kept: tuple[Tensor | int, int] = (0, 0)
+        self._judged = -1  # the last epoch whose whole-set decision went into the quality
 
     # ---- attaching ------------------------------------------------------------------------------
 
@@ -113,12 +122,22 @@ class NoiseFilterCallback(Callback):
         return self.filter
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach filter, ledger and (epoch mode) bank before the checkpoint is restored."""
+        """Attach filter, ledger and (epoch mode) bank before the checkpoint is restored.
+
+        Every fit begins with a new ledger, and with a new filter unless the object itself was given; a
+        resumed one gets its state from the checkpoint.
+        """
         tolerate_absent_filters(pl_module)
         if stage != "fit":
             return
         chain = chain_of(pl_module)
         sizes = RunSizes(trainer, pl_module)
+        names = [c.name for c in _filter_callbacks(trainer, self)]
+        if names.count(self.name) > 1:
+            raise ValueError(f"Two noise filters are called '{self.name}': give one of them another name=.")
+        if names[0] == self.name:
+            drop_leftovers(pl_module, chain, names)
+            pl_module.noise_ledger = sizes.ledger()
         part = self.filter = self.make_filter(sizes)
         if self.granularity not in part.granularities:
             raise ValueError(
@@ -126,12 +145,8 @@ class NoiseFilterCallback(Callback):
                 f"not '{self.granularity}'."
             )
         self._check_schedule(part)
-        if self.name in chain and chain[self.name] is not part and self.name in chain.mode:
-            raise ValueError(f"Two noise filters are called '{self.name}': give one of them another name=.")
         chain[self.name] = part
         chain.mode[self.name] = "off"
-        if getattr(pl_module, "noise_ledger", None) is None:
-            pl_module.noise_ledger = sizes.ledger()
         ledger = cast(SampleLedger, pl_module.noise_ledger)
         if self.correct_labels:
             if isinstance(ledger, LabelLedger):
@@ -148,6 +163,24 @@ class NoiseFilterCallback(Callback):
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         distributed.exempt_from_ddp_sync(pl_module)
         self._quality = FilterQuality(sizes.num_labels)
+        self._judged = -1
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """After the fit the filter can be looked at and saved, but takes no part in another run."""
+        if stage == "fit":
+            self.detach(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same for a fit that was broken off, which has no teardown."""
+        self.detach(trainer, pl_module)
+
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch the filter off and let the sampler draw everything again."""
+        chain = chain_of(pl_module)
+        chain.mode.pop(self.name, None)
+        chain.pending = chain.last = None
+        if chain.epoch_keep.pop(self.name, None) is not None:
+            release_sampler(trainer)
 
     def _check_schedule(self, part: NoiseFilter) -> None:
         if self.ramp_epochs:
@@ -201,6 +234,7 @@ class NoiseFilterCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Put corrected labels in the place of the given ones."""
+        chain_of(pl_module).last = None
         if self.correct_labels:
             ledger = cast(SampleLedger, pl_module.noise_ledger)
             corrected = cast(Tensor, ledger.corrected)[batch["index"]]
@@ -228,23 +262,20 @@ class NoiseFilterCallback(Callback):
         if ledger.corrected is not None:  # the ledger speaks of given labels, and this one took no part
             changed = train_label(trainer).to(ctx.label.device)[ctx.index] != ctx.label
             weight, score = weight.masked_fill(changed, 0.0), score.masked_fill(changed, torch.nan)
-        suggested = selection.stats.get("suggested", selection.stats.get(f"{self.name}/suggested"))
-        ledger.record(ctx.index, weight, score, suggested)
+        known = (v for k, v in selection.stats.items() if k.endswith("/suggested"))
+        ledger.record(ctx.index, weight, score, next(known, None))  # of the first filter that suggests
         bank = getattr(pl_module, "feature_bank", None)
         if isinstance(bank, FeatureBank):
             bank.write(ctx.index, ctx.embedding, trainer.current_epoch)
-        self._last = (ctx.index, selection)
-
-    _last: tuple[Tensor, Selection] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log; after the last batch take the decision for the next epoch (before any checkpoint)."""
         self._commit(trainer, pl_module)  # for steps without a backward pass
-        if self._last is not None:
-            self._log(trainer, pl_module, batch, *self._last)
-            self._last = None
+        last = chain_of(pl_module).last
+        if last is not None:
+            self._log(trainer, pl_module, batch, last[0].index, last[1])
         if trainer.is_last_batch:
             self._end_epoch(trainer, pl_module)
 
@@ -252,6 +283,7 @@ class NoiseFilterCallback(Callback):
         epoch, part = trainer.current_epoch, cast(NoiseFilter, chain_of(pl_module)[self.name])
         if epoch >= self.start_epoch:
             part.end_epoch(epoch)
+        self._judge(trainer, pl_module)
         due = epoch + 1 >= self.start_epoch and (epoch + 1 - self.start_epoch) % self.every_n_epochs == 0
         if self.granularity == "epoch" and due:
             self._decide(trainer, pl_module, part)
@@ -263,6 +295,7 @@ class NoiseFilterCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the quality of this epoch's decisions where the truth is known."""
         assert self._quality is not None
+        self._judge(trainer, pl_module)
         if self.granularity == "epoch":
             tell_sampler(trainer, pl_module)
         (kept, count), self._kept = self._kept, (0, 0)
@@ -277,7 +310,7 @@ class NoiseFilterCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the per-sample ledger next to the checkpoints."""
-        first = next((c for c in _callbacks(trainer) if isinstance(c, NoiseFilterCallback)), self)
+        first = _filter_callbacks(trainer, self)[0]
         trial = getattr(trainer, "fast_dev_run", False)  # must not overwrite the ledger of a real run
         if self.save_ledger and first is self and trainer.is_global_zero and not trial:
             folder = Path(trainer.default_root_dir)
@@ -290,24 +323,51 @@ class NoiseFilterCallback(Callback):
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: Tensor, selection: Selection
     ) -> None:
-        keep = selection.keep
+        self._log_own(trainer, pl_module, selection, len(index))
+        if not self._speaks_for_all(trainer):
+            return
+        ledger = cast(SampleLedger, pl_module.noise_ledger)
+        keep = ledger.keep if self._whole_set(pl_module) else selection.keep
         kept, count = self._kept
         self._kept = (kept + keep.sum(), count + keep.numel())
         pl_module.log("train/keep_rate", keep.float().mean(), prog_bar=True, batch_size=len(index))
-        # only now and then: reading the value waits for the GPU
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (trainer.global_step + 1) % every == 0 and not bool(selection.threshold.isnan()):
-            pl_module.log(f"{self.name}/threshold", selection.threshold, batch_size=len(index))
-            for key, said in _RATES.items():  # made without the truth
-                if f"{self.name}/{key}" in selection.stats:
-                    pl_module.log(said, selection.stats[f"{self.name}/{key}"], batch_size=len(index))
         clean = batch.get("clean_label") if isinstance(batch, dict) else None
-        if clean is None or self._quality is None:
+        if clean is None or self._quality is None or self._whole_set(pl_module):
             return
         sizes = distributed.gather_sizes(len(clean), clean.device)
         own = selection.rows(distributed.own_rows(sizes))
         given = batch["label"] if self._quality.num_labels else None
         self._quality.update(own.keep, clean != batch["label"], own.score, given)
+
+    def _log_own(
+        self, trainer: Trainer, pl_module: LightningModule, selection: Selection, batch_size: int
+    ) -> None:
+        """This filter's threshold, and rates it found without the truth, if no filter before it has them."""
+        stats = selection.stats
+        threshold = stats.get(f"{self.name}/threshold")
+        # only now and then: reading the value waits for the GPU
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if threshold is None or (trainer.global_step + 1) % every or not bool(threshold.isfinite()):
+            return
+        pl_module.log(f"{self.name}/threshold", threshold, batch_size=batch_size)
+        for key, said in _RATES.items():
+            if next((k for k in stats if k.endswith(f"/{key}")), None) == f"{self.name}/{key}":
+                pl_module.log(said, stats[f"{self.name}/{key}"], batch_size=batch_size)
+
+    def _whole_set(self, pl_module: LightningModule) -> bool:
+        """Whether a decision on the whole set is in force: forwarded rows alone would flatter it."""
+        return chain_of(pl_module).mode.get(self.name) == "epoch"
+
+    def _speaks_for_all(self, trainer: Trainer) -> bool:
+        """Of several filters one logs what is of them together: one by epoch if there is, else the first."""
+        own = _filter_callbacks(trainer, self)
+        return next((c for c in own if c.granularity == "epoch"), own[0]) is self
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The quality of a whole-set decision, once in an epoch, before the next one is taken."""
+        if self._whole_set(pl_module) and self._judged != trainer.current_epoch:
+            self._judged = trainer.current_epoch
+            judge(trainer, pl_module, cast(FilterQuality, self._quality))
 
 
 @torch.no_grad()
@@ -326,19 +386,7 @@ def confident_labels(part: NoiseFilter, ctx: FilterContext, selection: Selection
     return suggested.masked_fill(~confident | selection.threshold.isnan(), -1)
 
 
-def chain_of(pl_module: LightningModule) -> FilterChain:
-    """The module's filter chain; made on first use for modules that do not extend ours."""
-    chain = getattr(pl_module, "filters", None)
-    if chain is None:
-        chain = FilterChain()
-        pl_module.filters = chain
-    if not isinstance(chain, FilterChain):
-        raise TypeError(
-            f"{type(pl_module).__name__}.filters is a {type(chain).__name__}; noise callbacks need that "
-            "name: call your attribute otherwise."
-        )
-    return chain
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+def _filter_callbacks(trainer: Trainer, own: NoiseFilterCallback) -> list[NoiseFilterCallback]:
+    """Those of the run, in order."""
+    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, NoiseFilterCallback)] or [own]

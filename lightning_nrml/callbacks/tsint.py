@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_nrml import distributed, filters
-from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback, chain_of
+from lightning_nrml.callbacks.attached import chain_of
+from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
 from lightning_nrml.callbacks.run_sizes import RunSizes
 from lightning_nrml.models import MomentumTeacher, load_weights
 from lightning_nrml.types import Selection
@@ -90,6 +91,11 @@ class TSINT(NoiseFilterCallback):
             return rows
 
         chain_of(pl_module).sources["teacher"] = embed
+
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the teacher behind as well."""
+        super().detach(trainer, pl_module)
+        chain_of(pl_module).sources.pop("teacher", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start as the student, which has its start weights only now; a resumed teacher is restored."""

@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_nrml import distributed
 from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.memory import FeatureBank, SampleLedger
+from lightning_nrml.metrics import FilterQuality
 from lightning_nrml.types import FilterContext
 
 _CHUNK = 8192
@@ -63,11 +65,38 @@ def tell_sampler(trainer: Trainer, pl_module: LightningModule) -> None:
             "granularity='epoch' needs a datamodule with a `train_keep` mask that its sampler obeys "
             "(all datamodules of lightning_nrml have one); use granularity='batch' with this one."
         )
-    target.copy_(cast(FeatureBank, pl_module.feature_bank).drawn)  # type: ignore[arg-type]
-    splits = getattr(trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
-    listed = getattr(getattr(splits, "train", None), "keep", None)
-    if listed is not None:  # a label table left samples out for good
-        target &= torch.as_tensor(listed)
+    target.copy_(cast(Tensor, cast(FeatureBank, pl_module.feature_bank).drawn))
+    target &= listed(trainer).to(target.device)
+
+
+def release_sampler(trainer: Trainer) -> None:
+    """After the run the sampler draws again what the data set has."""
+    target = getattr(getattr(trainer, "datamodule", None), "train_keep", None)
+    if isinstance(target, Tensor):
+        target.copy_(listed(trainer))
+
+
+def listed(trainer: Trainer) -> Tensor:
+    """``(N,)`` bool (or 0-d, if it is all of them): what a label table has not left out for good."""
+    splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+    keep = getattr(getattr(splits, "train", None), "keep", None)
+    return torch.tensor(True) if keep is None else torch.as_tensor(keep)
+
+
+def judge(trainer: Trainer, pl_module: LightningModule, quality: FilterQuality) -> None:
+    """Put the whole-set decision in force, and its scores, into a metric; each rank takes its share.
+
+    Data without clean labels leave it as it is.
+    """
+    given = train_label(trainer)
+    clean = getattr(trainer.datamodule, "train_clean_label", None)  # type: ignore[attr-defined]
+    if not isinstance(clean, Tensor):
+        return
+    ledger = cast(SampleLedger, pl_module.noise_ledger)
+    rows = listed(trainer).expand(len(given)).nonzero()[distributed.rank() :: distributed.world_size(), 0]
+    rows = rows.to(ledger.keep.device)
+    noise = (clean != given).to(ledger.keep.device)[rows]
+    quality.update(ledger.keep[rows], noise, ledger.last_score[rows])
 
 
 def train_label(trainer: Trainer) -> Tensor:

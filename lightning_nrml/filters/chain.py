@@ -7,6 +7,7 @@ batch. It is the bridge between rank-local training code and filters that know n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,9 @@ Mode = Literal["off", "observe", "batch", "epoch"]
 
 #: Attributes that callbacks add to a module; their state may be absent or left over.
 ATTACHED = ("filters", "noise_ledger", "feature_bank", "filter_teacher", "probes", "knn_bank")
+#: those that may begin with a run that is resumed; the teacher must come from its checkpoint, and the last
+#: two say themselves what a checkpoint without them means
+STARTS_ANEW = ("filters", "noise_ledger", "feature_bank")
 
 
 _REMEDY = {
@@ -65,8 +69,8 @@ def gathered_context(
 
     ctx = FilterContext(
         embedding=unit(embedding),
-        label=distributed.gather(label, sizes=sizes),
-        index=distributed.gather(index, sizes=sizes),
+        label=distributed.gather(_long(label), sizes=sizes),
+        index=distributed.gather(_long(index), sizes=sizes),
         logits=collect(logits),
         per_sample_loss=collect(per_sample_loss),
         epoch=epoch,
@@ -77,6 +81,11 @@ def gathered_context(
     return ctx, distributed.own_rows(sizes)
 
 
+def _long(x: Tensor) -> Tensor:
+    """Integers as int64, which indices of torch and our tables are; others as they are."""
+    return x if x.is_floating_point() or x.dtype is torch.bool else x.long()
+
+
 class FilterChain(nn.ModuleDict):
     """Ordered filters of a module by name; their weights multiply.
 
@@ -85,7 +94,7 @@ class FilterChain(nn.ModuleDict):
     which ``epoch_keep[name]()`` returns as a ``(N,)`` bool tensor by dataset index.
 
     ``sources[field](batch)`` computes a field of the context from this rank's batch, where a callback
-    brings the means for it (a teacher's embedding).
+    brings the means for it (a teacher's embedding). ``last`` is the batch that was committed last, for logs.
     """
 
     def __init__(self) -> None:
@@ -94,6 +103,7 @@ class FilterChain(nn.ModuleDict):
         self.epoch_keep: dict[str, Callable[[], Tensor]] = {}
         self.sources: dict[str, Callable[[Any], Tensor]] = {}
         self.pending: tuple[FilterContext, Selection] | None = None
+        self.last: tuple[FilterContext, Selection] | None = None
 
     def wants(self, field: str) -> bool:
         """Whether a filter that is switched on needs this optional field of the context."""
@@ -140,6 +150,7 @@ class FilterChain(nn.ModuleDict):
         """Let the filters learn from the batch of the last ``select``; returns that batch, once."""
         pending, self.pending = self.pending, None
         if pending is not None:
+            self.last = pending
             for _, part in self.named_filters():
                 part.update(*pending)
         return pending
@@ -159,16 +170,18 @@ def _float32_default() -> Iterator[None]:
 def _combine(first: Selection, second: Selection, name: str) -> Selection:
     """Product of the weights; scores add (log-probabilities), a missing opinion counts as none.
 
-    What a filter says of a sample ``(B,)`` holds for each of its labels if the batch has ``(B, L)``.
+    ``stats`` has those of every filter, and its threshold, under its name; the first threshold counts. What
+    a filter says of a sample ``(B,)`` holds for each of its labels if the batch has ``(B, L)``.
     """
     weight, other = (
         x if x.ndim == first.weight.ndim else x.unsqueeze(1) for x in (second.weight, second.score)
     )
-    score = torch.where(first.score.isnan(), other, first.score + torch.nan_to_num(other, nan=0.0))
+    score = torch.where(first.score.isnan(), other, first.score + torch.where(other.isnan(), 0.0, other))
     pair = second.pair_weight
     if first.pair_weight is not None:
         pair = first.pair_weight if pair is None else first.pair_weight * pair
-    stats = {**first.stats, **{f"{name}/{k}": v for k, v in second.stats.items()}}
+    own = {**second.stats, "threshold": second.threshold}
+    stats = {**first.stats, **{f"{name}/{k}": v for k, v in own.items()}}
     threshold = torch.where(first.threshold.isnan(), second.threshold, first.threshold)
     return Selection(first.weight * weight, score, threshold, stats, pair)
 
@@ -227,16 +240,35 @@ def tolerate_absent_filters(module: nn.Module) -> None:
     """Let ``module`` load a checkpoint that holds the state of callbacks that are not attached now.
 
     Removes exactly the entries below :data:`ATTACHED` (noise filters and their memories, online probes,
-    the running kNN bank) that have no owner; any other unexpected key still raises.
+    the running kNN bank) that have no owner; any other unexpected key still raises. What the checkpoint has
+    nothing of, because it was made without that callback, starts anew, with a warning.
     """
-    if getattr(module, "_nrml_tolerant", False):
-        return
+    if not getattr(module, "_nrml_tolerant", False):
+        module.register_load_state_dict_pre_hook(_match_attached)
+        module._nrml_tolerant = True  # type: ignore[assignment]
 
-    def drop(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-        owned = {prefix + key for key in module.state_dict()}
-        heads = tuple(f"{prefix}{name}." for name in ATTACHED)
-        for key in [k for k in state if k.startswith(heads) and k not in owned]:
-            del state[key]
 
-    module.register_load_state_dict_pre_hook(drop)
-    module._nrml_tolerant = True  # type: ignore[assignment]
+def _match_attached(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A function of the module, not a closure: a copy of the module must ask the copy."""
+    own = {prefix + key: value for key, value in module.state_dict().items()}
+    heads = tuple(f"{prefix}{name}." for name in ATTACHED)
+    for key in [k for k in state if k.startswith(heads) and k not in own]:
+        del state[key]
+    anew = set()
+    heads = tuple(f"{prefix}{name}." for name in STARTS_ANEW)
+    for head in {_part_of(key, prefix) for key in own if key.startswith(heads)}:
+        if not any(key.startswith(head) for key in state):
+            state.update({key: value for key, value in own.items() if key.startswith(head)})
+            anew.add(head.removeprefix(prefix).rstrip("."))
+    if anew:
+        warnings.warn(
+            f"the checkpoint holds no state of {', '.join(sorted(anew))}: it was made without, so this "
+            "starts anew",
+            stacklevel=2,
+        )
+
+
+def _part_of(key: str, prefix: str) -> str:
+    """``filters.prism.`` or ``noise_ledger.`` of a key."""
+    name, *rest = key.removeprefix(prefix).split(".")
+    return prefix + ".".join([name, rest[0], ""] if name == "filters" else [name, ""])

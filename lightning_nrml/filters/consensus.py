@@ -218,7 +218,12 @@ class Consensus(NoiseFilter):
             )
             for x in (odds, others)
         )
-        weight = self.evidence_weight[ctx.index]
+        # evidence on a label that the sample no longer has (corrected labels) says nothing of this one
+        same = self.floors.label[ctx.index] == ctx.label
+        weight = self.evidence_weight[ctx.index] * same
+        before, before_other = (
+            x[ctx.index].masked_fill(~same, torch.nan) for x in (self.evidence, self.other_evidence)
+        )
         new_weight = torch.where(opinion.isnan(), weight, self.smoothing * weight + (1 - self.smoothing))
         best = _weighted_mean(torch.stack([_standardised(t) for t in tables]), self.weights.view(2, 1, 1))
         return {
@@ -226,8 +231,9 @@ class Consensus(NoiseFilter):
             "finite": finite,
             "mean": mean,
             "var": var,
-            "evidence": self._running(self.evidence[ctx.index], opinion, weight),
-            "other": self._running(self.other_evidence[ctx.index], other, weight),
+            "opinion": opinion,
+            "evidence": self._running(before, opinion, weight),
+            "other": self._running(before_other, other, weight),
             "weight": new_weight,
             "suggested": best.nan_to_num(-torch.inf)
             .argmax(dim=1)
@@ -265,8 +271,15 @@ class Consensus(NoiseFilter):
 
     @torch.no_grad()
     def score(self, ctx: FilterContext) -> Tensor:
-        """``(B,)`` float32 ``log P_clean`` by the evidence on record; NaN where there is none."""
-        return self._log_clean(self.evidence[ctx.index], ctx.label)
+        """``(B,)`` float32 ``log P_clean`` by the evidence on record; NaN where there is none.
+
+        A label that is not the one on record, such as a suggested one, is judged by what the judges say now.
+        """
+        evidence, counted = self.evidence[ctx.index], self.floors.label[ctx.index]
+        other = (counted >= 0) & (counted != ctx.label)
+        if bool(other.any()):
+            evidence = torch.where(other, self._judge(ctx)["opinion"], evidence)
+        return self._log_clean(evidence, ctx.label)
 
     @torch.no_grad()
     def suggest(self, ctx: FilterContext) -> Tensor:
@@ -297,8 +310,8 @@ class Consensus(NoiseFilter):
 
     @torch.no_grad()
     def select_scores(self, score: Tensor) -> Selection:
-        """Keep what is at least as likely clean as not; NaN is kept."""
-        threshold = score.new_tensor(0.5).log()
+        """Keep what is at least as likely clean as not; NaN is kept, and during warm-up everything."""
+        threshold = score.new_tensor(0.5).log().masked_fill(self.steps < self.warmup_steps, torch.nan)
         return Selection(
             (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.cut()[1]}
         )

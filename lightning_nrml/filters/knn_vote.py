@@ -154,6 +154,7 @@ class KNNVote(NoiseFilter):
             cut = share_cut(score, self.noise_rate)
         else:
             cut = score.new_tensor(self.threshold).log()
+        cut = cut.masked_fill(self.steps < self.warmup_steps, torch.nan)
         return Selection((~(score <= cut)).float(), score.float(), cut, {"unknown": score.isnan()})
 
     @torch.no_grad()

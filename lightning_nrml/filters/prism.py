@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -246,9 +247,12 @@ class PRISM(NoiseFilter, CenterMemory):
         """TRM on the scores ``(N,)`` of the whole training set: drops the ``int(noise_rate * n)`` lowest.
 
         ``n`` counts the samples with an opinion; NaN is kept. Ties are broken by position, and a sample
-        of ``P_clean`` exactly 1 is never dropped. The window is neither used nor changed.
+        of ``P_clean`` exactly 1 is never dropped. The window is neither used nor changed. During warm-up
+        all are kept.
         """
         unknown = score.isnan()
+        if int(self.steps) < self.warmup_steps:
+            return replace(Selection.keep_all(score), score=score.float(), stats={"unknown": unknown})
         remove, quantile = self._quantile(score, ~unknown)
         drop = self._lowest(score, torch.arange(len(score), device=score.device), remove)
         return Selection((~drop).float(), score.float(), quantile.float(), {"unknown": unknown})

@@ -80,7 +80,7 @@ class SampleLedger(StateModule):
             if x is not None:
                 check_vector(x, rows, name, "SampleLedger.record")
         check_index(index, self.num_samples, "SampleLedger")
-        index = index.to(self.seen.device)
+        index = index.to(self.seen.device, torch.int64)
         kept, score = kept.to(index.device), score.to(self.last_score)
 
         self.seen.index_add_(0, index, torch.ones_like(index))

@@ -20,7 +20,7 @@ def filter_quality(keep: Tensor, is_noise: Tensor, score: Tensor | None = None) 
     found from the lowest score upwards.
 
     Args:
-        keep: ``(B,)`` bool, or weights of which those > 0 are kept (any shape, e.g. ``(B, L)``).
+        keep: ``(B,)`` bool, or weights of which those >= 1/2 are kept (any shape, e.g. ``(B, L)``).
         is_noise: bool of the same shape, True where the given label is wrong.
         score: of the same shape, higher = cleaner (``P_clean`` or its logarithm); NaN = no opinion, left
             out of AUROC and average precision only.
@@ -43,7 +43,7 @@ def _reduce(keep: Tensor, is_noise: Tensor, score: Tensor | None) -> tuple[Tenso
     if keep.shape != is_noise.shape or (score is not None and score.shape != keep.shape):
         shapes = [tuple(keep.shape), tuple(is_noise.shape), None if score is None else tuple(score.shape)]
         raise ValueError(f"keep, is_noise and score must have the same shape, got {shapes}.")
-    kept, clean = keep.detach().flatten() > 0, ~is_noise.detach().flatten().bool()
+    kept, clean = keep.detach().flatten() >= 0.5, ~is_noise.detach().flatten().bool()
     total = torch.full_like(kept, True)
     counts = torch.stack([total.sum(), kept.sum(), clean.sum(), (kept & clean).sum()])
     if score is None:

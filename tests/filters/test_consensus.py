@@ -478,3 +478,31 @@ def test_the_other_class_is_any_but_the_given_one_and_stays(classes):
     assert (count - expected).abs().max() < 5 * expected**0.5
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(other_class(index[order], label[order], classes), other[order])
+
+
+def test_a_label_that_is_not_on_record_is_judged_by_itself():
+    """What correction asks: is the suggested label likelier than the given one?"""
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    *_, given, clean = run(part, 0.4)
+    draw, *_ = clusters(0.4)
+    wrong = (given != clean).nonzero()[:, 0]
+    z = draw(wrong)
+    as_given, as_true = (part.score(FilterContext(z, label[wrong], wrong)) for label in (given, clean))
+    half = math.log(0.5)
+    assert (as_given < half).float().mean() > 0.95
+    assert (as_true > half).float().mean() > 0.95
+    # the given label is judged by the record, not by the embedding at hand
+    assert torch.equal(as_given, part.score(FilterContext(-z, given[wrong], wrong)))
+
+
+def test_a_corrected_label_begins_with_evidence_of_its_own():
+    part = Consensus(10, 16, 600, warmup_steps=20)
+    *_, given, clean = run(part, 0.4)
+    draw, *_ = clusters(0.4)
+    wrong = (given != clean).nonzero()[:64, 0]
+    before = part.evidence[wrong].clone()
+    ctx = FilterContext(draw(wrong), clean[wrong], wrong)
+    fresh = part._judge(ctx)["opinion"]
+    part.update(ctx, part.select(ctx))
+    torch.testing.assert_close(part.evidence[wrong], fresh)  # nothing of the wrong label's is left in it
+    assert (fresh > before).float().mean() > 0.95
