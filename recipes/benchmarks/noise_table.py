@@ -36,6 +36,7 @@ OVERVIEWS = {
             "cross_entropy": "cross-entropy, no filter",
             "prism_vmf_shared": "PRISM, told the rate",
             "consensus": "Consensus, told nothing",
+            "cleaned_cross_entropy": "cross-entropy, audited labels",
             "known_clean": "known clean",
         },
     ),

@@ -106,8 +106,8 @@ def test_an_overview_has_means_and_says_where_seeds_lack() -> None:
     ]
     key, columns = noise_table.OVERVIEWS["noise overview"]
     head, rule, *lines = noise_table.overview(list(SETTINGS.values()), rows, key, columns).splitlines()
-    assert (head.count("|"), rule.count("|")) == (7, 7)
-    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | – | 0.900 (1) | – |"]
+    assert (head.count("|"), rule.count("|")) == (8, 8)
+    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | – | 0.900 (1) | – | – |"]
 
 
 def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
