@@ -43,7 +43,7 @@ def test_every_filter_is_told_the_true_rate_or_none() -> None:
         for method in noise_table.METHODS:
             _, *filters = noise_settings.callbacks(setting, method)
             told = [c["init_args"]["noise_rate"] for c in filters if "noise_rate" in c.get("init_args", {})]
-            untold = ("bare", "consensus", *noise_table.FROZEN, *noise_table.UNFILTERED)
+            untold = ("bare", "consensus", "consensus_softmax", *noise_table.FROZEN, *noise_table.UNFILTERED)
             expected = [] if method in untold else [setting.rate]
             assert told == expected, (setting.name, method)
 
