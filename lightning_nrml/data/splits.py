@@ -23,7 +23,8 @@ class Split:
         label: ``(N,)`` integers (or ``(N, L)`` 0/1) as given.
         clean_label: the true labels if they are known and differ from ``label``.
         paths: names of the images for tables and galleries.
-        keep: ``(N,)`` bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
+        keep: ``(N,)`` bool, False = the set's own table or a label table leaves the sample out of training;
+            ``None`` = all are kept.
     """
 
     images: ImageSource
@@ -207,11 +208,24 @@ def check_splits(splits: Splits, where: str) -> None:
             split.clean_label = check_labels(split.clean_label, bound, f"{where}, clean labels of {name}")
 
 
+def combined_keep(train: Split, noisy: NoisyLabels) -> np.ndarray | None:
+    """``(N,)`` bool, the samples that both the data set and the label table keep; ``None`` = all."""
+    if train.keep is None or noisy.keep is None:
+        return noisy.keep if train.keep is None else train.keep
+    keep = train.keep & noisy.keep
+    if not keep.any():
+        raise ValueError(
+            "the label table keeps only samples that the data set leaves out, so none is left to train on; "
+            "correct the column 'keep' of one of them"
+        )
+    return keep
+
+
 def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
     """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
     splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
-    splits.train.keep = noisy.keep
+    splits.train.keep = combined_keep(splits.train, noisy)
     if noisy.class_id is None:
         return
     lookup = np.full(splits.num_classes, -1, dtype=np.int64)

@@ -135,6 +135,18 @@ def test_a_table_of_paths_is_a_set_of_its_own(tmp_path) -> None:
     assert np.array_equal(again.train_label, data.train_label)
 
 
+def test_samples_left_out_stay_out(tmp_path) -> None:
+    frame = pd.DataFrame({"path": [f"{i}.png" for i in range(12)], "label": np.arange(12) % 3})
+    frame["keep"] = np.arange(12) % 4 > 0
+    frame.to_csv(tmp_path / "set.csv", index=False)
+    for path in frame["path"]:
+        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    data = TableDataModule(str(tmp_path / "set.csv"), noise=NoiseConfig("symmetric", 0.5), image_size=4)
+    write_noisy_labels(data, tmp_path / "noisy.csv")
+    read = TableDataModule(str(tmp_path / "noisy.csv"), image_size=4)
+    assert read.train_keep.tolist() == data.train_keep.tolist() == frame["keep"].tolist()
+
+
 def test_mistakes_are_told_and_nothing_is_written(scenes, nrml) -> None:
     assert nrml("inject", "--config", "rs.yaml", "--out", "there.csv")[0] == 0
     old = Path("there.csv").read_bytes()

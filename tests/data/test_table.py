@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lightning_nrml.data import TableDataModule
+from lightning_nrml.data import NoiseConfig, TableDataModule, write_label_table
 
 
 @pytest.fixture
@@ -55,6 +55,19 @@ def test_root_and_column_names_can_be_given(images, tmp_path_factory):
     data["file"] = [f"{i}.png" for i in range(6)]
     dm = table(elsewhere, data, root=str(images / "img"), path_column="file", label_column="kind")
     assert dm.splits.train.images.get([1]).unique().tolist() == [1]
+
+
+def test_noise_leaves_out_what_the_set_leaves_out(images):
+    data, index = frame(keep=[False, True, True, True, True, True]), np.arange(6)
+    noisy = table(images, data, noise=NoiseConfig("symmetric", 0.5))
+    assert noisy.train_keep.tolist() == [False] + [True] * 5
+    noises = {"bare": {}, "own": {"keep": index != 3}, "none": {"keep": index == 0}}
+    for name, columns in noises.items():
+        write_label_table(images / f"{name}.csv", {"index": index, "label": index % 3, **columns})
+    assert table(images, data, noise=images / "bare.csv").train_keep.tolist() == [False] + [True] * 5
+    assert table(images, data, noise=images / "own.csv").train_keep.tolist() == [0, 1, 1, 0, 1, 1]
+    with pytest.raises(ValueError, match="none is left to train on"):
+        table(images, data, noise=images / "none.csv").num_classes
 
 
 @pytest.mark.parametrize(
