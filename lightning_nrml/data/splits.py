@@ -222,7 +222,11 @@ def combined_keep(train: Split, noisy: NoisyLabels) -> np.ndarray | None:
 
 
 def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
-    """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
+    """Replace the train labels; where noise dissolved classes, number the remaining ones anew.
+
+    Raises:
+        ValueError: none of the classes of an evaluation split remains, or no sample is left to train on.
+    """
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
     splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
     splits.train.keep = combined_keep(splits.train, noisy)
@@ -239,6 +243,11 @@ def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
         if name != "train":
             # images of dissolved classes have no label any more
             remaining = split.subset(np.flatnonzero(lookup[split.label] >= 0))
+            if len(remaining) == 0:
+                raise ValueError(
+                    f"the noise dissolves all classes of the {name} split, so it has no images left; "
+                    "lower noise.rate or take another noise.seed"
+                )
             remaining.label = lookup[remaining.label]
             setattr(splits, name, remaining)
 

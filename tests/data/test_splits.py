@@ -119,6 +119,17 @@ def test_dissolved_classes_leave_names_and_seen_evaluation_rows(zero_shot):
         assert splits.test.paths == ["wxyz"[i] for i in left]
 
 
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_noise_must_leave_something_to_evaluate_on(name):
+    label = np.repeat(np.arange(4), 6)
+    noisy = small_cluster(label, np.random.default_rng(0).normal(size=(24, 3)), 0.5, seed=1)
+    parts = {"val": split([noisy.class_id[0]]), "test": split([noisy.class_id[1]])}
+    gone = np.setdiff1d(np.arange(4), noisy.class_id)
+    parts[name] = split(gone)
+    with pytest.raises(ValueError, match=f"all classes of the {name} split.*lower noise.rate"):
+        put_noise(Splits(split(label), num_classes=4, **parts), noisy)
+
+
 def test_classes_of_one_sample_are_counted_in_a_warning(recwarn):
     with pytest.warns(UserWarning, match="2 of 3 train classes have one sample only"):
         warn_of_single_samples(np.asarray([0, 1, 1, 2]))
