@@ -61,7 +61,7 @@ class TableDataModule(NRMLDataModule):
 
     def load_splits(self) -> Splits:
         table = Path(self.path).expanduser()
-        frame = read_table(table)
+        frame = read_table(table, self.path_column)
         for column in (self.path_column, self.label_column):
             if column not in frame.columns:
                 there = ", ".join(map(str, frame.columns))
@@ -96,8 +96,8 @@ class TableDataModule(NRMLDataModule):
         return {name: at for name, at in rows.items() if name == "train" or len(at)}
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a ``.csv`` or ``.parquet`` file.
+def read_table(path: Path, path_column: str) -> pd.DataFrame:
+    """Read a ``.csv`` or ``.parquet`` file; ``path_column`` as text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -112,8 +112,8 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)
-        # a class may be called "NA": only empty cells are missing
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        # a class may be called "NA": only empty cells are missing; an image may be called "007"
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={path_column: str})
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

@@ -70,6 +70,16 @@ def test_noise_leaves_out_what_the_set_leaves_out(images):
         table(images, data, noise=images / "none.csv").num_classes
 
 
+@pytest.mark.parametrize("column", ["path", "file"])
+def test_a_path_of_digits_is_a_name(images, column):
+    data = frame(path=[f"{i:03d}" for i in range(6)]).rename(columns={"path": column})
+    for i in range(6):
+        (images / "img" / f"{i}.png").rename(images / f"{i:03d}")
+    dm = table(images, data, path_column=column)
+    assert dm.train_paths == ["000", "001", "002", "003", "004", "005"]
+    assert dm.splits.train.images.get([4]).unique().tolist() == [4]
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
