@@ -125,7 +125,8 @@ def split_by_rows(
     """Cut one labelled set into splits; see :func:`join_splits` for the numbering of the classes.
 
     Args:
-        images, label, clean_label, paths, keep: N rows; evaluation uses the clean labels if there are any.
+        images, label, clean_label, paths, keep: N rows; evaluation uses the clean labels if there are any. A
+            split whose clean labels are all -1 has none.
         rows: row numbers by ``"train"``, ``"val"`` and ``"test"``; the latter two may be absent.
         class_names: names by label.
         where: what to call the data in messages.
@@ -137,7 +138,9 @@ def split_by_rows(
         name: full.subset(np.asarray(rows[name], dtype=np.int64)) for name in SPLIT_NAMES if name in rows
     }
     for name, part in parts.items():
-        if name != "train" and part.clean_label is not None:
+        if part.clean_label is not None and (part.clean_label == -1).all():
+            part.clean_label = None
+        elif name != "train" and part.clean_label is not None:
             part.label, part.clean_label = part.clean_label, None
     return join_splits(parts, class_names, where)
 

@@ -49,6 +49,43 @@ def test_splits_and_clean_labels(images):
     assert dm.noise_summary["rate_realised"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", [float, "Int64", object, "category", str])
+def test_whole_numbers_are_classes_however_they_are_stored(images, suffix, kind):
+    label = pd.Series([2, 10, 2, 10, 2, 10])
+    clean = pd.Series([2, 10, 10, 10, 2, 2]).astype(float if kind is str else kind)
+    # names, too, though the column of clean labels holds floats
+    given = ["2", "10", "2", "10", "2", "x"] if kind is str else label
+    dm = table(images, frame(label=given, clean_label=clean), suffix)
+    assert dm.class_names == (["10", "2", "x"] if kind is str else ["2", "10"])
+    wrong = [False, False, True, False, False, True]
+    assert dm.train_is_noise.tolist() == wrong
+
+
+@pytest.mark.parametrize("unknown", [-1, None])
+@pytest.mark.parametrize("names", [[2, 10], ["cat", "dog"]])
+def test_a_split_of_unknown_truth_has_its_labels_only(images, unknown, names):
+    a, b = names
+    given = {"label": [a, b, a, b, a, b], "split": ["train"] * 4 + ["test"] * 2}
+    train = table(images, frame(clean_label=[unknown] * 4 + [b, a], **given))
+    assert (train.num_classes, train.train_is_noise, train.train_clean_label) == (2, None, None)
+    assert train.noise_summary["rate_realised"] is None
+    assert train.splits.test.label.tolist() == [1, 0]
+    test = table(images, frame(clean_label=[b, b, a, b, unknown, unknown], **given))
+    assert test.train_is_noise.tolist() == [True, False, False, False]
+    assert test.splits.test.label.tolist() == [0, 1]
+    nothing = table(images, frame(clean_label=[unknown] * 6, **given), "parquet")
+    assert (nothing.class_names, nothing.train_clean_label) == ([str(a), str(b)], None)
+    part = table(images, frame(clean_label=[a, unknown, a, b, a, b], **given))
+    with pytest.raises(ValueError, match=r"'clean_label', row 1: unknown .* 1 of 4 train rows"):
+        part.num_classes
+
+
+def test_minus_one_is_a_class_if_a_label_says_so(images):
+    dm = table(images, frame(label=[-1, 1] * 3, clean_label=[-1, -1, 1, 1, -1, 1]))
+    assert (dm.class_names, dm.train_is_noise.tolist()) == (["-1", "1"], [0, 1, 1, 0, 0, 0])
+
+
 def test_root_and_column_names_can_be_given(images, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("tables")
     data = frame().rename(columns={"path": "file", "label": "kind"})
