@@ -110,4 +110,5 @@ def _counts(noisy: NoisyLabels, splits: Splits) -> tuple[list[int], ...]:
         label = noisy.class_id[label]
     wrong = noisy.is_noise
     parts = (clean, label, clean[wrong], label[wrong])
-    return tuple(np.bincount(part, minlength=splits.num_classes).tolist() for part in parts)
+    # a clean label of -1 is none of the classes
+    return tuple(np.bincount(part[part >= 0], minlength=splits.num_classes).tolist() for part in parts)

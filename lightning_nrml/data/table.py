@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.noise import NoisyLabels, renumbering
 from lightning_nrml.data.sources import FileSource, Fit
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
 from lightning_nrml.data.tables import booleans
@@ -32,6 +33,8 @@ class TableDataModule(NRMLDataModule):
         label_column: name of the column of labels to train on.
         clean_label_column: name of the column of true labels; used if it is there.
         split_column: name of the column of splits; used if it is there.
+        is_noise_column: name of the column of labels known to be wrong; used if it and the clean labels are
+            there. Where it is true, a clean label of -1 means none of the classes.
         keep_column: name of the column that leaves samples out of training where it is false; used if it is
             there.
         image_size: side of the square that images are brought to.
@@ -48,6 +51,7 @@ class TableDataModule(NRMLDataModule):
         label_column: str = "label",
         clean_label_column: str = "clean_label",
         split_column: str = "split",
+        is_noise_column: str = "is_noise",
         keep_column: str = "keep",
         image_size: int = 224,
         channels: int = 3,
@@ -58,7 +62,7 @@ class TableDataModule(NRMLDataModule):
         self.path, self.root = path, root
         self.path_column, self.label_column = path_column, label_column
         self.clean_label_column, self.split_column = clean_label_column, split_column
-        self.keep_column = keep_column
+        self.is_noise_column, self.keep_column = is_noise_column, keep_column
         self.image_size, self.channels, self.fit = image_size, channels, fit
 
     def load_splits(self) -> Splits:
@@ -72,7 +76,11 @@ class TableDataModule(NRMLDataModule):
         names, label, clean = number_classes(frame[self.label_column], frame.get(self.clean_label_column))
         rows = self._rows(frame, table)
         if clean is not None:
-            self._check_known(clean >= 0, rows, table)
+            wrong = np.zeros(len(frame), dtype=bool)
+            if self.is_noise_column in frame.columns:
+                wrong = booleans(str(table), self.is_noise_column, frame[self.is_noise_column])
+                names, clean = one_numbering(names, label, clean, wrong, str(table))
+            self._check_known((clean >= 0) | wrong, rows, table)
         root = table.parent if self.root is None else Path(self.root).expanduser()
         paths = frame[self.path_column].astype(str).tolist()
         images = FileSource([root / p for p in paths], self.channels, self.image_size, self.fit)
@@ -163,6 +171,20 @@ def number_classes(
     classes = np.unique(np.concatenate([v[k] for v, k in zip(values, known, strict=True)]))
     ids = [np.where(k, np.searchsorted(classes, v), -1) for v, k in zip(values, known, strict=True)]
     return [str(c) for c in classes], ids[0], None if clean is None else ids[1]
+
+
+def one_numbering(
+    names: list[str], label: np.ndarray, clean: np.ndarray, wrong: np.ndarray, source: str
+) -> tuple[list[str], np.ndarray]:
+    """Class names and clean labels in the numbering of the given ones, where noise renumbered these.
+
+    Noise that dissolves classes (``small_cluster``) does so; the right rows pair old and new numbers. Clean
+    labels of dissolved classes become -1.
+    """
+    class_id = renumbering(label, clean, wrong | (clean < 0), source)
+    if class_id is None:
+        return names, clean
+    return [names[c] for c in class_id], NoisyLabels(label, clean, wrong, class_id).true_label
 
 
 def _numbers_or_text(column: pd.Series) -> np.ndarray:

@@ -77,6 +77,19 @@ def test_a_true_class_that_no_given_label_names_still_is_a_class():
     assert splits.test.label.tolist() == [1]
 
 
+def test_the_truth_may_be_none_of_the_classes_but_no_label_is():
+    splits = join_splits({"train": split([3, 3, 5], clean_label=np.asarray([3, -1, 5])), "test": split([5])})
+    check_splits(splits, "here")
+    assert (splits.num_classes, splits.train.clean_label.tolist()) == (2, [0, -1, 1])
+    for bad in ({"label": [-1, 0]}, {"label": [0, 1], "clean_label": np.asarray([-2, 0])}):
+        with pytest.raises(ValueError, match=r"train: label -[12] at row 0"):
+            check_splits(Splits(split(**bad), None, 2), "here")
+    with pytest.raises(ValueError, match=r"clean labels of train: label -1 at row 0 .* from 0 to 1"):
+        check_splits(
+            Splits(split(np.eye(2, dtype=int), clean_label=np.asarray([[-1, 0], [0, 1]])), None, 2), "here"
+        )
+
+
 def test_rows_are_cut_with_everything_and_evaluation_uses_clean_labels():
     splits = split_by_rows(
         source(4),

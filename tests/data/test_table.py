@@ -81,6 +81,21 @@ def test_a_split_of_unknown_truth_has_its_labels_only(images, unknown, names):
         part.num_classes
 
 
+def test_what_is_marked_wrong_may_be_none_of_the_classes(images):
+    wrong = [False] * 4 + [True] * 2
+    dm = table(
+        images, frame(label=["a", "b"] * 3, clean_label=["a", "b", "a", "b", -1, None], is_noise=wrong)
+    )
+    assert (dm.class_names, dm.train_clean_label.tolist()) == (["a", "b"], [0, 1, 0, 1, -1, -1])
+    assert dm.train_is_noise.tolist() == wrong
+    # classes 2 and 5 became 0 and 1, class 3 was dissolved
+    clean = [2, 2, 5, 5, 3, -1]
+    dm = table(images, frame(label=[0, 0, 1, 1, 0, 1], clean_label=clean, is_noise=wrong))
+    assert (dm.class_names, dm.train_clean_label.tolist()) == (["2", "5"], [0, 0, 1, 1, -1, -1])
+    with pytest.raises(ValueError, match="'is_noise' contradicts the labels"):
+        table(images, frame(label=[0, 0, 1, 1, 0, 1], clean_label=clean, is_noise=[False] * 6)).num_classes
+
+
 def test_minus_one_is_a_class_if_a_label_says_so(images):
     dm = table(images, frame(label=[-1, 1] * 3, clean_label=[-1, -1, 1, 1, -1, 1]))
     assert (dm.class_names, dm.train_is_noise.tolist()) == (["-1", "1"], [0, 1, 1, 0, 0, 0])
