@@ -9,7 +9,7 @@ import numpy as np
 from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.npz import IMAGE_KEYS, Npz, images_of, use_noise_list
 from lightning_nrml.data.sources import Fit, ImageSource
-from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, join_splits, split_by_rows
+from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, check_labels, join_splits, split_by_rows
 
 
 class ArrayDataModule(NRMLDataModule):
@@ -81,7 +81,7 @@ class ArrayDataModule(NRMLDataModule):
             for name in rows:
                 if name != "train" or self.subset_train:
                     rows[name] = rows[name][chosen[rows[name]]]
-        clean = None if self.clean_label_key is None else npz[self.clean_label_key]
+        clean = None if self.clean_label_key is None else self._clean(npz, self.clean_label_key)
         return split_by_rows(self._images(npz, ""), label, rows, npz.names(), str(npz.path), clean)
 
     def _prefixed(self, npz: Npz) -> Splits:
@@ -95,8 +95,12 @@ class ArrayDataModule(NRMLDataModule):
             if key in npz:
                 parts[name] = Split(self._images(npz, f"{name}_"), npz[key])
         if self.clean_label_key is not None:
-            parts["train"].clean_label = npz[f"train_{self.clean_label_key}"]
+            parts["train"].clean_label = self._clean(npz, f"train_{self.clean_label_key}")
         return join_splits(parts, npz.names(), str(npz.path))
+
+    def _clean(self, npz: Npz, key: str) -> np.ndarray:
+        """True labels, all of which must be known: -1 may mean unknown, and would count as wrong."""
+        return check_labels(npz[key], None, f"{npz.path}, {key}")
 
     def _images(self, npz: Npz, prefix: str) -> ImageSource:
         key = None if self.image_key is None else prefix + self.image_key

@@ -12,7 +12,7 @@ from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.multilabel_tables import write_multilabel_table
 from lightning_nrml.data.noise import label_hash
 from lightning_nrml.data.noise_types import NoisyLabels
-from lightning_nrml.data.splits import Split, Splits, check_splits
+from lightning_nrml.data.splits import Split, Splits, check_splits, combined_keep
 from lightning_nrml.data.tables import SUFFIXES, write_label_table
 from lightning_nrml.files import write_text
 
@@ -21,10 +21,10 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
     """Put ``data.noise`` on the labels of the train split and write them, without opening an image.
 
     Single labels become a label table (``index``, ``path`` if images have names, ``label``, ``clean_label``,
-    ``is_noise``), which is a ``noise`` table and, with paths, a set of its own for ``TableDataModule``.
-    Several labels per image become a table of image names and a 0/1 column for every label, for ``noise`` of
-    the multi-label datamodules. Beside it, ``<out without suffix>.json`` holds the returned summary. Each
-    file appears whole or not at all.
+    ``is_noise``, ``keep`` if samples are left out), which is a ``noise`` table and, with paths, a set of its
+    own for ``TableDataModule``. Several labels per image become a table of image names and a 0/1 column for
+    every label, for ``noise`` of the multi-label datamodules. Beside it, ``<out without suffix>.json`` holds
+    the returned summary. Each file appears whole or not at all.
 
     Args:
         data: its ``noise`` must be set.
@@ -70,8 +70,9 @@ def _columns(train: Split, noisy: NoisyLabels) -> dict[str, Any]:
     columns: dict[str, Any] = noisy.to_columns()
     if train.paths is not None and len(set(train.paths)) == len(train.paths):
         columns["path"] = train.paths
-    if noisy.keep is not None:
-        columns["keep"] = noisy.keep
+    keep = combined_keep(train, noisy)
+    if keep is not None:
+        columns["keep"] = keep
     return columns
 
 
@@ -109,4 +110,5 @@ def _counts(noisy: NoisyLabels, splits: Splits) -> tuple[list[int], ...]:
         label = noisy.class_id[label]
     wrong = noisy.is_noise
     parts = (clean, label, clean[wrong], label[wrong])
-    return tuple(np.bincount(part, minlength=splits.num_classes).tolist() for part in parts)
+    # a clean label of -1 is none of the classes
+    return tuple(np.bincount(part[part >= 0], minlength=splits.num_classes).tolist() for part in parts)

@@ -135,7 +135,8 @@ class LabelledData(LightningDataModule):
     def train_keep(self) -> Tensor:
         """``(N,)`` bool; write ``False`` into it to keep samples out of the following epochs.
 
-        It starts with the ``keep`` column of the label table, if there is one.
+        It starts with the ``keep`` column of the data set's table and of the label table, if there are any:
+        a sample trains if neither leaves it out.
         """
         self.splits  # noqa: B018 - loads them
         return self._train_keep

@@ -49,13 +49,14 @@ __all__ = [
     "multilabel_scores",
     "multilabel_uniform",
     "pair_flip",
+    "renumbering",
     "small_cluster",
     "symmetric",
 ]
 
 
-def _checked_label(label: ArrayLike | Tensor, num_classes: int | None) -> np.ndarray:
-    """A fresh ``(N,)`` int64 copy in ``[0, num_classes)``."""
+def _checked_label(label: ArrayLike | Tensor, num_classes: int | None, lowest: int = 0) -> np.ndarray:
+    """A fresh ``(N,)`` int64 copy in ``[lowest, num_classes)``."""
     if isinstance(label, Tensor):
         label = label.detach().cpu().numpy()
     raw = np.asarray(label)
@@ -64,12 +65,12 @@ def _checked_label(label: ArrayLike | Tensor, num_classes: int | None) -> np.nda
     if raw.dtype.kind not in "iuf":
         raise ValueError(f"label must hold class ids (integers), got dtype {raw.dtype}")
     with np.errstate(invalid="ignore"):
-        bad = ~np.isfinite(raw) | (raw != np.floor(raw)) | (raw < 0)
+        bad = ~np.isfinite(raw) | (raw != np.floor(raw)) | (raw < lowest)
         if num_classes is not None:
             bad |= raw >= num_classes
     if bad.any():
         row = int(np.argmax(bad))
-        limit = "at least 0" if num_classes is None else f"in [0, {num_classes - 1}]"
+        limit = f"at least {lowest}" if num_classes is None else f"in [{lowest}, {num_classes - 1}]"
         raise ValueError(f"label of sample {row} is {raw[row]}; class ids must be whole numbers {limit}")
     return raw.astype(np.int64)
 
@@ -308,13 +309,11 @@ def _from_table(
     if "is_noise" not in frame.columns:
         return NoisyLabels(label, clean, label != clean, keep=keep)
     is_noise = frame["is_noise"].to_numpy(dtype=bool)
-    class_id = _renumbering(label, clean, is_noise, config.table)
+    class_id = renumbering(label, clean, is_noise, config.table)
     return NoisyLabels(label, clean, is_noise, class_id, keep)
 
 
-def _renumbering(
-    label: np.ndarray, clean: np.ndarray, is_noise: np.ndarray, source: str
-) -> np.ndarray | None:
+def renumbering(label: np.ndarray, clean: np.ndarray, is_noise: np.ndarray, source: str) -> np.ndarray | None:
     """Original id of every given label, read off the clean rows; ``None`` if no label was renumbered."""
     right = ~is_noise
     if (label[right] == clean[right]).all():
@@ -340,7 +339,7 @@ def apply_noise(
     """Give a training set the labels that ``config`` asks for.
 
     Args:
-        clean_label: ``(N,)`` class ids in ``[0, num_classes)``.
+        clean_label: ``(N,)`` class ids in ``[0, num_classes)``; beside a table also -1 = none of the classes.
         config: the noise.
         num_classes: C.
         embedding: ``(N, D)`` frozen features, for ``small_cluster`` only.
@@ -359,9 +358,9 @@ def apply_noise(
             f"noise.kind '{config.kind}' flips the labels of a multi-label set, but this set has one class "
             "per sample; use symmetric, asymmetric, pair_flip or small_cluster"
         )
-    clean = _checked_label(clean_label, num_classes)
     if config.table is not None:
-        return _from_table(clean, config, num_classes, path)
+        return _from_table(_checked_label(clean_label, num_classes, lowest=-1), config, num_classes, path)
+    clean = _checked_label(clean_label, num_classes)
     if config.kind == "symmetric":
         return symmetric(clean, config.rate, num_classes, config.seed)
     if config.kind == "asymmetric":

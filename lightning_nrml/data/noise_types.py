@@ -39,7 +39,7 @@ class NoisyLabels:
 
     Args:
         label: int64, the given (noisy) labels, all that a method may see.
-        clean_label: int64, the labels before noise, in *their* numbering.
+        clean_label: int64, the labels before noise, in *their* numbering; -1 = none of the classes.
         is_noise: bool, whether the given label is wrong.
         class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
             classes (``small_cluster``); else ``None``.
@@ -60,7 +60,8 @@ class NoisyLabels:
         """
         if self.class_id is None:
             return self.clean_label
-        lookup = np.full(int(max(self.clean_label.max(), self.class_id.max())) + 1, -1, dtype=np.int64)
+        # one more than there are classes, so that a clean label of -1 stays -1
+        lookup = np.full(int(max(self.clean_label.max(), self.class_id.max())) + 2, -1, dtype=np.int64)
         lookup[self.class_id] = np.arange(len(self.class_id))
         return lookup[self.clean_label]
 

@@ -21,9 +21,10 @@ class Split:
     Args:
         images: N images.
         label: ``(N,)`` integers (or ``(N, L)`` 0/1) as given.
-        clean_label: the true labels if they are known and differ from ``label``.
+        clean_label: the true labels if they are known and differ from ``label``; -1 = none of the classes.
         paths: names of the images for tables and galleries.
-        keep: ``(N,)`` bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
+        keep: ``(N,)`` bool, False = the set's own table or a label table leaves the sample out of training;
+            ``None`` = all are kept.
     """
 
     images: ImageSource
@@ -74,14 +75,14 @@ class Splits:
                 yield name, split
 
 
-def check_labels(label: np.ndarray, num_classes: int | None, where: str) -> np.ndarray:
+def check_labels(label: np.ndarray, num_classes: int | None, where: str, lowest: int = 0) -> np.ndarray:
     """Labels as int64.
 
     Args:
         label: ``(N,)`` or ``(N, L)`` numbers.
-        num_classes: upper bound (exclusive); ``None`` = any non-negative integer. Multi-label
-            matrices must hold 0 and 1.
+        num_classes: upper bound (exclusive); ``None`` = no bound. Multi-label matrices must hold 0 and 1.
         where: what to call the labels in a message.
+        lowest: lower bound; -1 for clean labels, of which that means none of the classes.
 
     Raises:
         ValueError: naming the first bad row.
@@ -94,16 +95,16 @@ def check_labels(label: np.ndarray, num_classes: int | None, where: str) -> np.n
             f"{where}: labels must be integers, got {array.dtype}; number the classes 0, 1, ... "
             "(their names may stand in class_names)"
         )
-    upper = 2 if array.ndim == 2 else num_classes
+    lowest, upper = (0, 2) if array.ndim == 2 else (lowest, num_classes)
     bad = np.zeros(array.shape, dtype=bool)
     if array.dtype.kind == "f":
         bad |= ~np.isfinite(array) | (np.nan_to_num(array) % 1 != 0)
-    bad |= array < 0
+    bad |= array < lowest
     if upper is not None:
         bad |= array >= upper
     if bad.any():
         row = tuple(int(i) for i in np.argwhere(bad)[0])
-        allowed = "non-negative integers" if upper is None else f"integers from 0 to {upper - 1}"
+        allowed = f"integers from {lowest} on" if upper is None else f"integers from {lowest} to {upper - 1}"
         raise ValueError(
             f"{where}: label {array[row]} at row {row[0]} is not accepted ({int(bad.sum())} such); "
             f"labels must be {allowed}"
@@ -124,7 +125,8 @@ def split_by_rows(
     """Cut one labelled set into splits; see :func:`join_splits` for the numbering of the classes.
 
     Args:
-        images, label, clean_label, paths, keep: N rows; evaluation uses the clean labels if there are any.
+        images, label, clean_label, paths, keep: N rows; evaluation uses the clean labels if there are any. A
+            split whose clean labels are all -1 has none.
         rows: row numbers by ``"train"``, ``"val"`` and ``"test"``; the latter two may be absent.
         class_names: names by label.
         where: what to call the data in messages.
@@ -136,7 +138,9 @@ def split_by_rows(
         name: full.subset(np.asarray(rows[name], dtype=np.int64)) for name in SPLIT_NAMES if name in rows
     }
     for name, part in parts.items():
-        if name != "train" and part.clean_label is not None:
+        if part.clean_label is not None and (part.clean_label == -1).all():
+            part.clean_label = None
+        elif name != "train" and part.clean_label is not None:
             part.label, part.clean_label = part.clean_label, None
     return join_splits(parts, class_names, where)
 
@@ -163,9 +167,11 @@ def join_splits(
             raise ValueError(f"{where}: the {name} split is empty")
         part.label = check_labels(part.label, bound, f"{where}, {name}")
         if part.clean_label is not None:
-            part.clean_label = check_labels(part.clean_label, bound, f"{where}, clean labels of {name}")
+            source = f"{where}, clean labels of {name}"
+            part.clean_label = check_labels(part.clean_label, bound, source, lowest=-1)
     train = parts["train"]
     classes = np.unique(train.label if train.clean_label is None else [train.label, train.clean_label])
+    classes = classes[classes >= 0]
     held_out = {name: np.unique(part.label) for name, part in parts.items() if name != "train"}
     unseen = {name: np.setdiff1d(present, classes) for name, present in held_out.items()}
     zero_shot = bool(unseen) and all(len(unseen[name]) == len(held_out[name]) for name in unseen)
@@ -180,7 +186,7 @@ def join_splits(
         if name == "train" or not zero_shot:
             part.label = np.searchsorted(classes, part.label)
         if part.clean_label is not None:
-            part.clean_label = np.searchsorted(classes, part.clean_label)
+            part.clean_label = np.where(part.clean_label < 0, -1, np.searchsorted(classes, part.clean_label))
     names = None if class_names is None else [str(class_names[i]) for i in classes]
     return Splits(train, parts.get("test"), len(classes), parts.get("val"), names, zero_shot)
 
@@ -204,14 +210,32 @@ def check_splits(splits: Splits, where: str) -> None:
         bound = splits.num_classes if name == "train" or not splits.zero_shot else None
         split.label = check_labels(split.label, bound, f"{where}, {name}")
         if split.clean_label is not None:
-            split.clean_label = check_labels(split.clean_label, bound, f"{where}, clean labels of {name}")
+            source = f"{where}, clean labels of {name}"
+            split.clean_label = check_labels(split.clean_label, bound, source, lowest=-1)
+
+
+def combined_keep(train: Split, noisy: NoisyLabels) -> np.ndarray | None:
+    """``(N,)`` bool, the samples that both the data set and the label table keep; ``None`` = all."""
+    if train.keep is None or noisy.keep is None:
+        return noisy.keep if train.keep is None else train.keep
+    keep = train.keep & noisy.keep
+    if not keep.any():
+        raise ValueError(
+            "the label table keeps only samples that the data set leaves out, so none is left to train on; "
+            "correct the column 'keep' of one of them"
+        )
+    return keep
 
 
 def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
-    """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
+    """Replace the train labels; where noise dissolved classes, number the remaining ones anew.
+
+    Raises:
+        ValueError: none of the classes of an evaluation split remains, or no sample is left to train on.
+    """
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
     splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
-    splits.train.keep = noisy.keep
+    splits.train.keep = combined_keep(splits.train, noisy)
     if noisy.class_id is None:
         return
     lookup = np.full(splits.num_classes, -1, dtype=np.int64)
@@ -225,6 +249,11 @@ def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
         if name != "train":
             # images of dissolved classes have no label any more
             remaining = split.subset(np.flatnonzero(lookup[split.label] >= 0))
+            if len(remaining) == 0:
+                raise ValueError(
+                    f"the noise dissolves all classes of the {name} split, so it has no images left; "
+                    "lower noise.rate or take another noise.seed"
+                )
             remaining.label = lookup[remaining.label]
             setattr(splits, name, remaining)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.noise import NoisyLabels, renumbering
 from lightning_nrml.data.sources import FileSource, Fit
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
 from lightning_nrml.data.tables import booleans
@@ -21,7 +22,9 @@ class TableDataModule(NRMLDataModule):
 
     Labels are class names or integers; classes are numbered in sorted order. ``split`` holds "train",
     "val" or "test"; without it all rows train and there is nothing to evaluate on, which is enough to
-    audit labels. Where ``clean_label`` is known, train uses ``label`` and evaluation the clean ones.
+    audit labels. With ``clean_label``, train uses ``label`` and evaluation the clean ones; a split whose
+    clean labels are unknown (empty, or -1 where that is no class) uses ``label`` and cannot be measured
+    against the truth.
 
     Args:
         path: ``.csv`` or ``.parquet`` file.
@@ -30,6 +33,8 @@ class TableDataModule(NRMLDataModule):
         label_column: name of the column of labels to train on.
         clean_label_column: name of the column of true labels; used if it is there.
         split_column: name of the column of splits; used if it is there.
+        is_noise_column: name of the column of labels known to be wrong; used if it and the clean labels are
+            there. Where it is true, a clean label of -1 means none of the classes.
         keep_column: name of the column that leaves samples out of training where it is false; used if it is
             there.
         image_size: side of the square that images are brought to.
@@ -46,6 +51,7 @@ class TableDataModule(NRMLDataModule):
         label_column: str = "label",
         clean_label_column: str = "clean_label",
         split_column: str = "split",
+        is_noise_column: str = "is_noise",
         keep_column: str = "keep",
         image_size: int = 224,
         channels: int = 3,
@@ -56,29 +62,32 @@ class TableDataModule(NRMLDataModule):
         self.path, self.root = path, root
         self.path_column, self.label_column = path_column, label_column
         self.clean_label_column, self.split_column = clean_label_column, split_column
-        self.keep_column = keep_column
+        self.is_noise_column, self.keep_column = is_noise_column, keep_column
         self.image_size, self.channels, self.fit = image_size, channels, fit
 
     def load_splits(self) -> Splits:
         table = Path(self.path).expanduser()
-        frame = read_table(table)
+        frame = read_table(table, self.path_column)
         for column in (self.path_column, self.label_column):
             if column not in frame.columns:
                 there = ", ".join(map(str, frame.columns))
                 raise KeyError(f"{table} has no column '{column}'; its columns are {there}")
-        columns = [self.label_column]
-        if self.clean_label_column in frame.columns:
-            columns.append(self.clean_label_column)
-        for column in [self.path_column, *columns]:
             check_filled(frame, column, table)
-        names, label, clean = number_classes([frame[column] for column in columns])
+        names, label, clean = number_classes(frame[self.label_column], frame.get(self.clean_label_column))
+        rows = self._rows(frame, table)
+        if clean is not None:
+            wrong = np.zeros(len(frame), dtype=bool)
+            if self.is_noise_column in frame.columns:
+                wrong = booleans(str(table), self.is_noise_column, frame[self.is_noise_column])
+                names, clean = one_numbering(names, label, clean, wrong, str(table))
+            self._check_known((clean >= 0) | wrong, rows, table)
         root = table.parent if self.root is None else Path(self.root).expanduser()
         paths = frame[self.path_column].astype(str).tolist()
         images = FileSource([root / p for p in paths], self.channels, self.image_size, self.fit)
         keep = None
         if self.keep_column in frame.columns:
             keep = booleans(str(table), self.keep_column, frame[self.keep_column])
-        return split_by_rows(images, label, self._rows(frame, table), names, str(table), clean, paths, keep)
+        return split_by_rows(images, label, rows, names, str(table), clean, paths, keep)
 
     def _rows(self, frame: pd.DataFrame, table: Path) -> dict[str, np.ndarray]:
         if self.split_column not in frame.columns:
@@ -95,9 +104,20 @@ class TableDataModule(NRMLDataModule):
         rows = {name: np.flatnonzero(split == name) for name in SPLIT_NAMES}
         return {name: at for name, at in rows.items() if name == "train" or len(at)}
 
+    def _check_known(self, known: np.ndarray, rows: dict[str, np.ndarray], table: Path) -> None:
+        """Refuse a split of which some clean labels are known: the others are neither right nor wrong."""
+        for name, at in rows.items():
+            unknown = at[~known[at]]
+            if 0 < len(unknown) < len(at):
+                raise ValueError(
+                    f"{table}, column '{self.clean_label_column}', row {unknown[0]}: unknown (empty or "
+                    f"-1), as are {len(unknown)} of {len(at)} {name} rows; give all of that split or none, "
+                    "or set clean_label_column to a name that the table lacks"
+                )
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a ``.csv`` or ``.parquet`` file.
+
+def read_table(path: Path, path_column: str) -> pd.DataFrame:
+    """Read a ``.csv`` or ``.parquet`` file; ``path_column`` as text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -112,8 +132,8 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)
-        # a class may be called "NA": only empty cells are missing
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        # a class may be called "NA": only empty cells are missing; an image may be called "007"
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={path_column: str})
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -128,11 +148,53 @@ def check_filled(frame: pd.DataFrame, column: str, table: Path) -> None:
         )
 
 
-def number_classes(columns: list[pd.Series]) -> tuple[list[str], np.ndarray, np.ndarray | None]:
-    """Names of all classes in sorted order, and the class ids of one or two columns of labels."""
-    values = [column.to_numpy() for column in columns]
-    if not all(v.dtype.kind in "iu" for v in values):
-        values = [column.astype(str).to_numpy(dtype=np.str_) for column in columns]
-    classes = np.unique(np.concatenate(values))
-    ids = [np.searchsorted(classes, v) for v in values]
-    return [str(c) for c in classes], ids[0], ids[1] if len(ids) > 1 else None
+def number_classes(
+    label: pd.Series, clean: pd.Series | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Number the classes of the given and the clean labels alike.
+
+    Args:
+        label: whole numbers or names.
+        clean: the same; an empty cell is unknown, and so is -1 unless it is a class of ``label``.
+
+    Returns:
+        Names of all classes in sorted order, class ids, and clean class ids with -1 = unknown.
+    """
+    columns = [label] if clean is None else [label, clean]
+    values = [_numbers_or_text(column) for column in columns]
+    if not all(v.dtype.kind == "i" for v in values):
+        values = [v.astype(np.str_) for v in values]
+    known = [column.notna().to_numpy() for column in columns]
+    minus_one = values[0].dtype.type(-1)
+    if minus_one not in values[0]:
+        known[-1] = known[-1] & (values[-1] != minus_one)
+    classes = np.unique(np.concatenate([v[k] for v, k in zip(values, known, strict=True)]))
+    ids = [np.where(k, np.searchsorted(classes, v), -1) for v, k in zip(values, known, strict=True)]
+    return [str(c) for c in classes], ids[0], None if clean is None else ids[1]
+
+
+def one_numbering(
+    names: list[str], label: np.ndarray, clean: np.ndarray, wrong: np.ndarray, source: str
+) -> tuple[list[str], np.ndarray]:
+    """Class names and clean labels in the numbering of the given ones, where noise renumbered these.
+
+    Noise that dissolves classes (``small_cluster``) does so; the right rows pair old and new numbers. Clean
+    labels of dissolved classes become -1.
+    """
+    class_id = renumbering(label, clean, wrong | (clean < 0), source)
+    if class_id is None:
+        return names, clean
+    return [names[c] for c in class_id], NoisyLabels(label, clean, wrong, class_id).true_label
+
+
+def _numbers_or_text(column: pd.Series) -> np.ndarray:
+    """Int64 for whole numbers, also as floats, which pandas makes of them beside empty cells; else text.
+
+    Empty cells become -1.
+    """
+    import pandas as pd
+
+    cells = column.astype(object).where(column.notna(), -1).convert_dtypes()
+    if pd.api.types.is_integer_dtype(cells):
+        return cells.to_numpy(dtype=np.int64)
+    return np.asarray([str(cell) for cell in cells])

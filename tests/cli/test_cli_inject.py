@@ -16,6 +16,7 @@ from lightning_nrml.data import (
     MultiLabelRSDataModule,
     NoiseConfig,
     TableDataModule,
+    write_label_table,
 )
 from lightning_nrml.data.inject import write_noisy_labels
 
@@ -133,6 +134,44 @@ def test_a_table_of_paths_is_a_set_of_its_own(tmp_path) -> None:
     assert np.array_equal(read.splits.train.images.get([3]), data.splits.train.images.get([3]))
     again = FolderDataModule(root, noise=str(tmp_path / "t.csv"), **options)
     assert np.array_equal(again.train_label, data.train_label)
+
+
+def test_dissolved_classes_stay_dissolved_in_a_set_of_its_own(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    frame = pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "label": np.arange(60) % 6})
+    frame.to_csv(tmp_path / "set.csv", index=False)
+
+    def read(table: str, noise: object = None) -> TableDataModule:
+        return TableDataModule(str(tmp_path / table), noise=noise, image_size=4)
+
+    want = read("set.csv", NoiseConfig("small_cluster", 0.5))
+    write_noisy_labels(want, tmp_path / "noisy.csv")
+    got = read("noisy.csv")
+    assert (got.num_classes, got.class_names) == (want.num_classes, want.class_names) == (3, list("045"))
+    assert np.array_equal(got.train_label, want.train_label)
+    assert np.array_equal(got.train_clean_label, want.train_clean_label)
+    assert got.noise_summary["rate_realised"] == 0.5
+    # such a set takes corrected labels, whose noise is measured, and written
+    corrected = {"index": np.arange(60), "label": want.train_label.numpy() % 2, "keep": np.arange(60) > 5}
+    write_label_table(tmp_path / "corrected.csv", corrected)
+    again = read("noisy.csv", tmp_path / "corrected.csv")
+    assert np.array_equal(again.train_is_noise, want.train_clean_label != want.train_label % 2)
+    summary = write_noisy_labels(again, tmp_path / "again.csv")
+    assert [row["clean"] for row in summary["classes"]] == [10, 10, 10]
+
+
+def test_samples_left_out_stay_out(tmp_path) -> None:
+    frame = pd.DataFrame({"path": [f"{i}.png" for i in range(12)], "label": np.arange(12) % 3})
+    frame["keep"] = np.arange(12) % 4 > 0
+    frame.to_csv(tmp_path / "set.csv", index=False)
+    for path in frame["path"]:
+        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    data = TableDataModule(str(tmp_path / "set.csv"), noise=NoiseConfig("symmetric", 0.5), image_size=4)
+    write_noisy_labels(data, tmp_path / "noisy.csv")
+    read = TableDataModule(str(tmp_path / "noisy.csv"), image_size=4)
+    assert read.train_keep.tolist() == data.train_keep.tolist() == frame["keep"].tolist()
 
 
 def test_mistakes_are_told_and_nothing_is_written(scenes, nrml) -> None:

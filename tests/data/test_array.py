@@ -94,6 +94,11 @@ def test_noisy_labels_come_from_a_second_array_or_from_a_list_beside_the_file(sa
     path = save(image=IMAGES, label=LABEL, train_class=TRAIN, true=np.asarray([5, 2, 2, 2, 7, 7, 9, 9]))
     dm = ArrayDataModule(path, clean_label_key="true")
     assert (dm.train_label.tolist(), dm.train_clean_label.tolist()) == ([1, 1, 0, 0], [1, 0, 0, 0])
+    unknown = save(
+        "unknown.npz", image=IMAGES, label=LABEL, train_class=TRAIN, true=[5, 2, -1, 2, 7, 7, 9, 9]
+    )
+    with pytest.raises(ValueError, match="true: label -1 at row 2"):  # which might mean unknown
+        ArrayDataModule(unknown, clean_label_key="true").num_classes
     save("lists.npz", clean_label=1 - clean, given=[0, 1, 0, 1], short=[0, 1], far=[0, 0, 0, 2])
     dm = ArrayDataModule(path, noise_list="lists.npz:given")
     assert (dm.train_label.tolist(), dm.train_clean_label.tolist()) == ([0, 1, 0, 1], [1, 1, 0, 0])

@@ -77,6 +77,19 @@ def test_a_true_class_that_no_given_label_names_still_is_a_class():
     assert splits.test.label.tolist() == [1]
 
 
+def test_the_truth_may_be_none_of_the_classes_but_no_label_is():
+    splits = join_splits({"train": split([3, 3, 5], clean_label=np.asarray([3, -1, 5])), "test": split([5])})
+    check_splits(splits, "here")
+    assert (splits.num_classes, splits.train.clean_label.tolist()) == (2, [0, -1, 1])
+    for bad in ({"label": [-1, 0]}, {"label": [0, 1], "clean_label": np.asarray([-2, 0])}):
+        with pytest.raises(ValueError, match=r"train: label -[12] at row 0"):
+            check_splits(Splits(split(**bad), None, 2), "here")
+    with pytest.raises(ValueError, match=r"clean labels of train: label -1 at row 0 .* from 0 to 1"):
+        check_splits(
+            Splits(split(np.eye(2, dtype=int), clean_label=np.asarray([[-1, 0], [0, 1]])), None, 2), "here"
+        )
+
+
 def test_rows_are_cut_with_everything_and_evaluation_uses_clean_labels():
     splits = split_by_rows(
         source(4),
@@ -117,6 +130,17 @@ def test_dissolved_classes_leave_names_and_seen_evaluation_rows(zero_shot):
     else:
         assert splits.test.label.tolist() == [0, 1]
         assert splits.test.paths == ["wxyz"[i] for i in left]
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_noise_must_leave_something_to_evaluate_on(name):
+    label = np.repeat(np.arange(4), 6)
+    noisy = small_cluster(label, np.random.default_rng(0).normal(size=(24, 3)), 0.5, seed=1)
+    parts = {"val": split([noisy.class_id[0]]), "test": split([noisy.class_id[1]])}
+    gone = np.setdiff1d(np.arange(4), noisy.class_id)
+    parts[name] = split(gone)
+    with pytest.raises(ValueError, match=f"all classes of the {name} split.*lower noise.rate"):
+        put_noise(Splits(split(label), num_classes=4, **parts), noisy)
 
 
 def test_classes_of_one_sample_are_counted_in_a_warning(recwarn):

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lightning_nrml.data import TableDataModule
+from lightning_nrml.data import NoiseConfig, TableDataModule, write_label_table
 
 
 @pytest.fixture
@@ -49,12 +49,87 @@ def test_splits_and_clean_labels(images):
     assert dm.noise_summary["rate_realised"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", [float, "Int64", object, "category", str])
+def test_whole_numbers_are_classes_however_they_are_stored(images, suffix, kind):
+    label = pd.Series([2, 10, 2, 10, 2, 10])
+    clean = pd.Series([2, 10, 10, 10, 2, 2]).astype(float if kind is str else kind)
+    # names, too, though the column of clean labels holds floats
+    given = ["2", "10", "2", "10", "2", "x"] if kind is str else label
+    dm = table(images, frame(label=given, clean_label=clean), suffix)
+    assert dm.class_names == (["10", "2", "x"] if kind is str else ["2", "10"])
+    wrong = [False, False, True, False, False, True]
+    assert dm.train_is_noise.tolist() == wrong
+
+
+@pytest.mark.parametrize("unknown", [-1, None])
+@pytest.mark.parametrize("names", [[2, 10], ["cat", "dog"]])
+def test_a_split_of_unknown_truth_has_its_labels_only(images, unknown, names):
+    a, b = names
+    given = {"label": [a, b, a, b, a, b], "split": ["train"] * 4 + ["test"] * 2}
+    train = table(images, frame(clean_label=[unknown] * 4 + [b, a], **given))
+    assert (train.num_classes, train.train_is_noise, train.train_clean_label) == (2, None, None)
+    assert train.noise_summary["rate_realised"] is None
+    assert train.splits.test.label.tolist() == [1, 0]
+    test = table(images, frame(clean_label=[b, b, a, b, unknown, unknown], **given))
+    assert test.train_is_noise.tolist() == [True, False, False, False]
+    assert test.splits.test.label.tolist() == [0, 1]
+    nothing = table(images, frame(clean_label=[unknown] * 6, **given), "parquet")
+    assert (nothing.class_names, nothing.train_clean_label) == ([str(a), str(b)], None)
+    part = table(images, frame(clean_label=[a, unknown, a, b, a, b], **given))
+    with pytest.raises(ValueError, match=r"'clean_label', row 1: unknown .* 1 of 4 train rows"):
+        part.num_classes
+
+
+def test_what_is_marked_wrong_may_be_none_of_the_classes(images):
+    wrong = [False] * 4 + [True] * 2
+    dm = table(
+        images, frame(label=["a", "b"] * 3, clean_label=["a", "b", "a", "b", -1, None], is_noise=wrong)
+    )
+    assert (dm.class_names, dm.train_clean_label.tolist()) == (["a", "b"], [0, 1, 0, 1, -1, -1])
+    assert dm.train_is_noise.tolist() == wrong
+    # classes 2 and 5 became 0 and 1, class 3 was dissolved
+    clean = [2, 2, 5, 5, 3, -1]
+    dm = table(images, frame(label=[0, 0, 1, 1, 0, 1], clean_label=clean, is_noise=wrong))
+    assert (dm.class_names, dm.train_clean_label.tolist()) == (["2", "5"], [0, 0, 1, 1, -1, -1])
+    with pytest.raises(ValueError, match="'is_noise' contradicts the labels"):
+        table(images, frame(label=[0, 0, 1, 1, 0, 1], clean_label=clean, is_noise=[False] * 6)).num_classes
+
+
+def test_minus_one_is_a_class_if_a_label_says_so(images):
+    dm = table(images, frame(label=[-1, 1] * 3, clean_label=[-1, -1, 1, 1, -1, 1]))
+    assert (dm.class_names, dm.train_is_noise.tolist()) == (["-1", "1"], [0, 1, 1, 0, 0, 0])
+
+
 def test_root_and_column_names_can_be_given(images, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("tables")
     data = frame().rename(columns={"path": "file", "label": "kind"})
     data["file"] = [f"{i}.png" for i in range(6)]
     dm = table(elsewhere, data, root=str(images / "img"), path_column="file", label_column="kind")
     assert dm.splits.train.images.get([1]).unique().tolist() == [1]
+
+
+def test_noise_leaves_out_what_the_set_leaves_out(images):
+    data, index = frame(keep=[False, True, True, True, True, True]), np.arange(6)
+    noisy = table(images, data, noise=NoiseConfig("symmetric", 0.5))
+    assert noisy.train_keep.tolist() == [False] + [True] * 5
+    noises = {"bare": {}, "own": {"keep": index != 3}, "none": {"keep": index == 0}}
+    for name, columns in noises.items():
+        write_label_table(images / f"{name}.csv", {"index": index, "label": index % 3, **columns})
+    assert table(images, data, noise=images / "bare.csv").train_keep.tolist() == [False] + [True] * 5
+    assert table(images, data, noise=images / "own.csv").train_keep.tolist() == [0, 1, 1, 0, 1, 1]
+    with pytest.raises(ValueError, match="none is left to train on"):
+        table(images, data, noise=images / "none.csv").num_classes
+
+
+@pytest.mark.parametrize("column", ["path", "file"])
+def test_a_path_of_digits_is_a_name(images, column):
+    data = frame(path=[f"{i:03d}" for i in range(6)]).rename(columns={"path": column})
+    for i in range(6):
+        (images / "img" / f"{i}.png").rename(images / f"{i:03d}")
+    dm = table(images, data, path_column=column)
+    assert dm.train_paths == ["000", "001", "002", "003", "004", "005"]
+    assert dm.splits.train.images.get([4]).unique().tolist() == [4]
 
 
 @pytest.mark.parametrize(
