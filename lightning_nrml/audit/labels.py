@@ -50,7 +50,7 @@ def _codes(label: Tensor) -> Tensor:
 def entry_scores(scores: AuditScores, num_labels: int) -> AuditScores:
     """Scores of :func:`~lightning_nrml.audit.scores.audit_label_scores`, with suggestions as classes."""
     label = torch.arange(len(scores.suggested), device=scores.suggested.device) % num_labels
-    return replace(scores, suggested=scores.suggested + 2 * label)
+    return replace(scores, suggested=(scores.suggested + 2 * label).where(scores.suggested >= 0, -1))
 
 
 def entries_of(rows: Tensor, num_labels: int) -> Tensor:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_nrml import distributed
+from lightning_nrml.callbacks.evaluator import is_final
 from lightning_nrml.modules.full_pass import evaluating
 
 LabelName = Literal["given", "clean"]
@@ -80,8 +81,7 @@ def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
         return False
     if trainer.state.fn != "fit":
         return True
-    epoch = trainer.current_epoch + 1
-    return epoch % every_n_epochs == 0 or epoch == trainer.max_epochs
+    return (trainer.current_epoch + 1) % every_n_epochs == 0 or is_final(trainer)
 
 
 def size_of(name: str, owner: str, *places: Any) -> int:

@@ -9,6 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 
+def is_final(trainer: Trainer) -> bool:
+    """Whether no epoch comes after this validation of a fit: ``max_epochs``, ``max_steps`` or told to stop.
+
+    Not Lightning's own ``fit_loop.done``: during a validation it does not count the present epoch yet.
+    """
+    steps_done = 0 < trainer.max_steps <= trainer.global_step
+    return steps_done or trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
+
+
 class SplitCallback(Callback):
     """Follows every run over the validation and the test split; subclasses say what to do there.
 
@@ -80,8 +89,8 @@ class SplitCallback(Callback):
 class SplitEvaluator(SplitCallback):
     """Feeds a metric with the outputs of every validation and test run, and logs the result.
 
-    Both the last epoch and the best one (by ``monitor``) are kept in ``summary``, since picking the best on
-    the test split flatters.
+    The values of a fit's last epoch and of its best one (by ``monitor``) are kept in ``last`` and ``best``,
+    since picking the best on the test split flatters. To evaluate a checkpoint does not change this record.
 
     Args:
         monitor: entry of the result that decides which epoch was best.
@@ -94,6 +103,7 @@ class SplitEvaluator(SplitCallback):
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self._metric: Any = None
+        self._fitting = True
 
     @abstractmethod
     def make_metric(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> Metric:
@@ -107,19 +117,23 @@ class SplitEvaluator(SplitCallback):
         """What to log of the metric's result."""
         return {k: float(v) for k, v in values.items()}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Only a fit changes the record: what a checkpoint says of an earlier epoch is old beside it."""
+        self._fitting = stage == "fit"
+
     def state_dict(self) -> dict[str, Any]:
         """Last and best values, so that a resumed run still reports the best epoch of all."""
         return {"last": dict(self.last), "best": dict(self.best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore last and best values."""
-        self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
+        """Restore last and best values, if a fit is resumed."""
+        if self._fitting:
+            self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         """Start collecting, if this epoch counts."""
-        epoch = trainer.current_epoch + 1
-        final = trainer.max_epochs is not None and epoch == trainer.max_epochs
-        skip = trainer.state.fn == "fit" and epoch % self.every_n_epochs and not final
+        counts = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or is_final(trainer)
+        skip = self._fitting and not counts
         self._metric = None if skip else self.make_metric(trainer, pl_module, prefix).to(pl_module.device)
 
     def update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
@@ -139,7 +153,7 @@ class SplitEvaluator(SplitCallback):
             # the metric gathers, so this is equal on all ranks, which checkpoint callbacks rely on;
             # sync_dist only keeps Lightning from warning that it might not be
             pl_module.log(f"{prefix}/{key}", value, prog_bar=key == self.monitor, sync_dist=True)
-        if prefix == "val" and not trainer.sanity_checking:
+        if prefix == "val" and self._fitting and not trainer.sanity_checking:
             self.last = {"epoch": float(trainer.current_epoch), **values}
             if not self.best or values[self.monitor] > self.best[self.monitor]:
                 self.best = dict(self.last)

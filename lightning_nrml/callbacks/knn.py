@@ -75,7 +75,11 @@ class OnlineKNN(SplitCallback):
     # ---- the bank ---------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the data; in running mode attach the bank before a checkpoint is restored."""
+        """Check the data; in running mode attach the bank before a checkpoint is restored.
+
+        A fit starts with an empty one: rows of an earlier fit are of other weights, and older than their
+        epochs say.
+        """
         tolerate_absent_filters(pl_module)
         check_same_classes(trainer, "OnlineKNN")
         data = getattr(trainer, "datamodule", None)
@@ -87,7 +91,7 @@ class OnlineKNN(SplitCallback):
                     "of lightning_nrml have one); use mode='running' with this one."
                 )
             return
-        if getattr(pl_module, "knn_bank", None) is None:
+        if stage == "fit" or getattr(pl_module, "knn_bank", None) is None:
             samples = size_of("num_train_samples", "OnlineKNN(mode='running')", data, pl_module)
             bank = FeatureBank(
                 samples, size_of("embedding_dim", "OnlineKNN(mode='running')", pl_module, data)

@@ -55,7 +55,7 @@ class MultiLabelEvaluator(SplitEvaluator):
         return {**super().state_dict(), "class_threshold": thresholds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore values and thresholds."""
+        """Restore values and thresholds, the latter in a test run, too: it applies them."""
         super().load_state_dict(state_dict)
         saved = state_dict["class_threshold"]
         self.class_threshold = None if saved is None else torch.tensor(saved)

@@ -17,8 +17,9 @@ class RetrievalEvaluator(SplitEvaluator):
 
     Every item of the split is a query against all others (itself excluded). Reads the ``embedding``,
     ``label`` and ``index`` that a module's ``validation_step``/``test_step`` returns; modules that
-    return none are asked through ``embed(batch["image"])``. Both the last epoch and the best one (by
-    ``monitor``) are kept in ``summary``, since picking the best on the test classes flatters.
+    return none are asked through ``embed(batch["image"])``. The values of a fit's last epoch and of its best
+    one (by ``monitor``) are kept in ``last`` and ``best``, since picking the best on the test classes
+    flatters.
 
     Args:
         ks: the k of Recall@k.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
@@ -48,7 +48,7 @@ class ScheduleConfig:
     Args:
         name: ``cosine`` (to ``min_lr_ratio`` at the last step) or ``constant``, after the warm-up.
         warmup_steps: optimiser steps of linear warm-up; a number below 1 is a share of all steps.
-        min_lr_ratio: final over peak learning rate.
+        min_lr_ratio: final over peak learning rate, of each parameter group.
     """
 
     name: Literal["cosine", "constant"] = "cosine"
@@ -106,6 +106,28 @@ def create_optimizer(
     return optimizer
 
 
+class _CosineToRatio(CosineAnnealingLR):
+    """Each parameter group falls to a share of its own peak; torch's has one floor for all of them."""
+
+    def __init__(self, optimizer: Optimizer, steps: int, ratio: float) -> None:
+        self.ratio = ratio
+        super().__init__(optimizer, T_max=steps)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Torch's recursion, group by group."""
+        return self._by_group(super().get_lr)
+
+    def _get_closed_form_lr(self) -> list[float | Tensor]:
+        return self._by_group(super()._get_closed_form_lr)
+
+    def _by_group(self, rates: Callable[[], list[float | Tensor]]) -> list[float | Tensor]:
+        found = []
+        for group, peak in enumerate(self.base_lrs):
+            self.eta_min = float(peak) * self.ratio
+            found.append(rates()[group])
+        return found
+
+
 def create_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Linear warm-up, then cosine or constant; ``T_max`` counts the steps after the warm-up only.
 
@@ -129,8 +151,7 @@ def create_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: i
     after = max(total_steps - warmup, 1)
     main: LRScheduler
     if config.name == "cosine":
-        base = max(float(g["lr"]) for g in optimizer.param_groups)
-        main = CosineAnnealingLR(optimizer, T_max=after, eta_min=base * config.min_lr_ratio)
+        main = _CosineToRatio(optimizer, after, config.min_lr_ratio)
     else:
         main = ConstantLR(optimizer, factor=1.0, total_iters=0)
     if warmup == 0:

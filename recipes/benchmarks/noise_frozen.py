@@ -74,7 +74,7 @@ def judge(
     rows, given = torch.from_numpy(embedding), torch.from_numpy(label)
     for name, evidence in (("audit", "both"), ("audit_knn", "knn")):
         scores = audit_scores(rows, given, num_classes, evidence)  # type: ignore[arg-type]
-        keep = scores.log_p_clean.exp() >= 0.5
+        keep = ~(scores.log_p_clean.exp() < 0.5)  # what cannot be judged (NaN) is kept
         found[name] = filter_quality(keep, is_noise, scores.log_p_clean)
         found[name]["noise_rate"] = scores.noise_rate
     keep, scores_of, facts = confident_learning(embedding, label)

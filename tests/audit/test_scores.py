@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_nrml.audit import audit_scores, mixture_rate
+from lightning_nrml.audit import (
+    AuditData,
+    AuditOptions,
+    audit,
+    audit_label_scores,
+    audit_scores,
+    mixture_rate,
+)
 from lightning_nrml.audit.scores import _confusion, _evidence, _fit, _judge, _log_clean, _means, _Problem
 from lightning_nrml.audit.scores import _problem as problem_of
 from lightning_nrml.audit.scores import _sample as sample_of
@@ -166,14 +173,92 @@ def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     assert first.log_p_clean[7] > second.log_p_clean[7]
 
 
-def test_a_lone_class_and_a_class_without_samples():
+KINDS = pytest.mark.parametrize("evidence", ["both", "centres", "knn"])
+
+
+def with_lone_classes(lone: int, share: float = 0.0):
+    """120 rows of 6 classes and ``lone`` classes of one sample each, around directions of their own."""
+    row, label, clean = blobs(share, each=20)
+    g = torch.Generator().manual_seed(1)
+    own = F.normalize(torch.randn(lone, 16, generator=g), dim=1)
+    return torch.cat([row, own]), torch.cat([label, 6 + torch.arange(lone)]), label != clean
+
+
+@KINDS
+def test_nothing_is_known_of_a_class_of_one_sample(evidence):
+    row, label, _ = with_lone_classes(30)
+    found = audit_scores(row, label, 37, evidence)  # 36 has no sample at all
+    assert bool(found.log_p_clean[120:].isnan().all())
+    assert bool(found.confidence[120:].isnan().all())
+    assert found.suggested.tolist() == label[:120].tolist() + [-1] * 30
+    assert float(found.log_p_clean[:120].exp().min()) > 0.9
+    # they are a fifth of all: counted as wrong they would show in the rate and in its fit
+    assert found.noise_rate < 0.01
+    assert found.parameters["rate"] < 0.01
+
+
+@KINDS
+def test_samples_of_lone_classes_hide_no_wrong_labels(evidence):
+    row, label, wrong = with_lone_classes(10, 0.2)
+    found = audit_scores(row, label, 16, evidence)
+    assert (found.log_p_clean[:120].exp() < 0.5).tolist() == wrong.tolist()
+    assert found.noise_rate == pytest.approx(float(wrong.float().mean()), abs=0.03)
+
+
+@KINDS
+def test_a_class_whose_other_sample_is_of_the_same_fold(evidence):
+    """Centres then know nothing of it; neighbours do, and so does each of two folds about the other."""
+    row, label, _ = with_lone_classes(2)
+    fold = torch.randperm(122, generator=torch.Generator().manual_seed(0)) % 5
+    for together in (True, False):
+        twin = next(i for i in range(120) if (fold[i] == fold[120]) == together)
+        given, moved = label.clone(), row.clone()
+        given[twin], moved[twin] = 6, row[120] + 0.01
+        found = audit_scores(moved, given, 8, evidence)
+        pair = found.log_p_clean[[twin, 120]]
+        if together and evidence != "knn":
+            assert bool(pair.isnan().all())
+        else:
+            assert float(pair.exp().min()) > 0.5
+            assert found.suggested[[twin, 120]].tolist() == [6, 6]
+        assert found.log_p_clean.isnan().sum() == pair.isnan().sum() + 1  # and 7, which is alone
+
+
+@KINDS
+def test_a_label_that_only_one_sample_has_or_lacks(evidence):
     row, label, _ = blobs(0.0, each=20)
-    label = label.clone()
-    label[0] = 7  # the only one of its class; 6 has none
-    found = audit_scores(row, label, 8)
-    assert torch.isfinite(found.log_p_clean).all()
-    assert found.suggested[0] == 0
-    assert found.log_p_clean[0] == found.log_p_clean.min()
+    given = F.one_hot(label, 8)
+    given[:, 6], given[:, 7] = 0, 1
+    given[5, 6], given[9, 7] = 1, 0
+    found = audit_label_scores(row, given, evidence)
+    score, suggested = found.log_p_clean.view(120, 8), found.suggested.view(120, 8)
+    assert score.isnan().nonzero().tolist() == [[5, 6], [9, 7]]
+    assert (suggested < 0).nonzero().tolist() == [[5, 6], [9, 7]]
+    # without a voter for the other answer the given one is right
+    fold = torch.randperm(120, generator=torch.Generator().manual_seed(0)) % 5
+    for sample, c in ((5, 6), (9, 7)):
+        beside = (fold == fold[sample]) & (torch.arange(120) != sample)
+        assert torch.equal(suggested[beside, c], given[beside, c])
+        assert float(score[beside, c].exp().min()) > 0.99
+    assert found.noise_rate < 0.05
+
+
+def test_only_lone_classes_and_their_files(tmp_path):
+    row, label, _ = with_lone_classes(30)
+    for evidence in ("both", "centres", "knn"):
+        found = audit_scores(row[120:], label[120:] - 6, 30, evidence)
+        assert bool(found.log_p_clean.isnan().all())
+        assert math.isnan(found.noise_rate)
+    result = audit(row[:124], AuditData(label[:124], 10), tmp_path)
+    assert result.table["index"].tolist()[-4:] == [120, 121, 122, 123]
+    assert result.table["suggested_label"].tolist()[-4:] == [-1] * 4
+    assert result.corrected["action"].tolist() == ["kept"] * 124
+    several = F.one_hot(label[:124], 10)
+    result = audit(row[:124], AuditData(several, 10), tmp_path, AuditOptions(rule="relabel"))
+    assert result.table["sample"].tolist()[-4:] == [120, 121, 122, 123]
+    assert result.table["suggested_label"].tolist()[-4:] == [-1] * 4
+    assert result.rates["extra"].isna().tolist() == [False] * 6 + [True] * 4
+    assert result.rates["suspected_extra"].tolist() == [0] * 10
 
 
 def test_mixture_rate():

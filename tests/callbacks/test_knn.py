@@ -113,6 +113,21 @@ def test_running_votes_with_the_embeddings_of_the_newest_epoch_only(tmp_path: Pa
     assert float(run.callback_metrics["val/knn_top1"]) == pytest.approx(want)
 
 
+def test_a_second_fit_starts_with_an_empty_bank_and_a_resumed_one_does_not(tmp_path: Path) -> None:
+    net, saver = module(), ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False)
+    run = trainer(tmp_path, 3, [OnlineKNN(mode="running"), saver])
+    run.fit(net, digits())
+    first = state_of(net)
+    seen = Seen()  # its first epoch is older than the last one of the first fit, but these rows are newer
+    again = trainer(tmp_path, 1, [seen, OnlineKNN(mode="running")], limit_train_batches=5)
+    again.fit(net, digits())
+    assert sorted(seen.rows[0]) == net.knn_bank.filled.nonzero()[:, 0].tolist()
+    # the run is over already, so that what is there now was restored
+    run = trainer(tmp_path, 3, [OnlineKNN(mode="running")])
+    run.fit(net, digits(), ckpt_path=tmp_path / "2.ckpt", weights_only=False)
+    assert_same_state(first, state_of(net))
+
+
 @pytest.mark.parametrize("mode", ["exact", "running"])
 def test_validate_on_a_checkpoint_repeats_the_value(tmp_path: Path, mode: str) -> None:
     saver = ModelCheckpoint(tmp_path, filename="end")

@@ -161,6 +161,13 @@ def test_test_run_uses_the_thresholds_of_the_validation(tmp_path):
     for key in ("map_macro", "map_micro", "f1_macro", "f1_macro_tuned", "f1_micro_tuned", "calibration_gap"):
         assert got[f"test/{key}"] == pytest.approx(want[key], abs=1e-6), key
     assert fresh.best["map_macro"] == max(fresh.best["map_macro"], fresh.last["map_macro"])
+    # an earlier checkpoint brings its thresholds, but not its record
+    last, path = dict(fresh.last), tmp_path / "0.ckpt"
+    test.test(net, data(), ckpt_path=path, weights_only=False, verbose=False)
+    saved = torch.load(path, weights_only=False)["callbacks"]["MultiLabelEvaluator"]
+    assert fresh.class_threshold.tolist() == saved["class_threshold"]
+    assert saved["class_threshold"] != evaluator.class_threshold.tolist()
+    assert fresh.last == last != saved["last"]
 
 
 def test_two_networks_differ_and_each_can_be_asked():

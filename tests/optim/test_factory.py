@@ -79,3 +79,45 @@ def test_warm_up_longer_than_the_run_is_refused() -> None:
         create_schedule(ScheduleConfig(warmup_steps=10), optimizer, 10)
     with pytest.raises(ValueError, match="give 0 or more"):
         create_schedule(ScheduleConfig(warmup_steps=-1), optimizer, 10)
+
+
+@pytest.mark.parametrize(("lr", "loss_lr"), [(1e-4, 1e-2), (1e-3, 1e-5)])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_every_group_falls_to_its_own_floor(lr: float, loss_lr: float, warmup: int) -> None:
+    def run(*peaks: float) -> list[list[float]]:
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": peak} for peak in peaks]
+        optimizer = torch.optim.SGD(groups)
+        schedule, rates = create_schedule(ScheduleConfig("cosine", warmup, 0.1), optimizer, 40), []
+        for _ in range(40):
+            optimizer.step()
+            schedule.step()
+            rates.append([g["lr"] for g in optimizer.param_groups])
+        return rates
+
+    both = run(lr, loss_lr)
+    assert both[-1] == pytest.approx([0.1 * lr, 0.1 * loss_lr])
+    assert both[warmup:] == sorted(both[warmup:], reverse=True)  # after the warm-up they only fall
+    # neither group feels the other: bit for bit the curve of an optimiser of its own
+    assert both == [[a, b] for (a,), (b,) in zip(run(lr), run(loss_lr), strict=True)]
+
+
+def test_one_peak_has_torchs_curve_bit_for_bit_and_so_has_a_resumed_run() -> None:
+    def make() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+        return optimizer, create_schedule(ScheduleConfig("cosine", 5, 0.1), optimizer, 30)
+
+    ours, schedule = make()
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(other, 25, 0.3 * 0.1)
+    start = torch.optim.lr_scheduler.LinearLR(other, 1 / 6, total_iters=5)
+    torchs = torch.optim.lr_scheduler.SequentialLR(other, [start, cosine], [5])
+    for step in range(30):
+        assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"], step
+        for part in (ours, schedule, other, torchs):
+            part.step()
+        if step == 12:  # in the middle of the cosine
+            saved = ours.state_dict(), schedule.state_dict()
+            ours, schedule = make()
+            ours.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+    assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"] == pytest.approx(0.03)
