@@ -254,7 +254,7 @@ def test_shipped_quickstart_end_to_end(nrml, folder):
 
 
 def test_margin_loss_by_its_name_learns_a_boundary_per_class(nrml, folder):
-    """Its recipe, cut to a few steps: short class name, its own learning rate, a checkpoint that rebuilds it."""
+    """Its recipe, cut to a few steps: short name, own learning rate, a checkpoint that rebuilds it."""
     code, _, err = nrml(
         "fit",
         "--config",
