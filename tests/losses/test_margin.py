@@ -127,6 +127,7 @@ def test_agrees_with_pytorch_metric_learning_on_the_same_triplets(classes, nu):
 
 def test_without_triplets_it_mines_with_one_number_of_the_global_generator():
     z, label = batch()
+    z.requires_grad_()
     loss = MarginLoss(num_classes=4, cutoff=0.3, nonzero_loss_cutoff=1.6)
     torch.manual_seed(11)
     got = loss(z, label)
@@ -135,7 +136,10 @@ def test_without_triplets_it_mines_with_one_number_of_the_global_generator():
     generator = seeded(int(torch.randint(2**31, (1,))))
     assert torch.equal(state, torch.get_rng_state())
     triplets = DistanceWeightedMiner(0.3, 1.6)(z, label, None, generator)
-    assert torch.equal(got, loss(z, label, triplets=triplets))
+    want = loss(z, label, triplets=triplets)
+    assert torch.equal(got, want)
+    gradients = [torch.autograd.grad(x, [z, loss.beta]) for x in (got, want)]
+    torch.testing.assert_close(*gradients)  # rows that serve as positives and negatives learn, too
     assert not torch.equal(got, loss(z, label))  # another number, other negatives
 
 
