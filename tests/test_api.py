@@ -46,6 +46,8 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "ContrastiveLoss": {"neg_margin": 0.5},
         "CrossBatchContrastiveLoss": {},
         "SupConLoss": {},
+        "MarginLoss": {},
+        "DistanceWeightedMiner": {},
         "PMLLoss": {"name": REQUIRED},
         "MultiLabelELRLoss": {"num_samples": REQUIRED, "num_labels": REQUIRED, "lam": 3.0, "beta": 0.7},
         "MultiLabelSATLoss": {"num_samples": REQUIRED, "num_labels": REQUIRED, "momentum": 0.9},
@@ -130,6 +132,8 @@ METHODS = {
     ("losses", "ContrastiveLoss", "forward"): ["embedding", "label", "weight"],
     ("losses", "SupConLoss", "forward"): ["embedding", "label", "weight"],
     ("losses", "PMLLoss", "forward"): ["embedding", "label", "weight"],
+    ("losses", "MarginLoss", "forward"): ["embedding", "label", "weight", "triplets"],
+    ("losses", "DistanceWeightedMiner", "forward"): ["embedding", "label", "weight"],
 }
 NAMES = [(module, name) for module, names in PROMISED.items() for name in names]
 

@@ -6,6 +6,7 @@ from lightning_nrml.losses.combined import CombinedLoss
 from lightning_nrml.losses.contrastive import ContrastiveLoss, CrossBatchContrastiveLoss
 from lightning_nrml.losses.eac import EACLoss
 from lightning_nrml.losses.insclr import InsCLRLoss
+from lightning_nrml.losses.margin import DistanceWeightedMiner, MarginLoss
 from lightning_nrml.losses.mochi import MoCHiLoss
 from lightning_nrml.losses.multilabel import MultiLabelASLLoss, MultiLabelBCELoss, MultiLabelLoss
 from lightning_nrml.losses.multilabel_jocor import MultiLabelJoCoRLoss
@@ -23,9 +24,11 @@ __all__ = [
     "ContrastiveLoss",
     "CosineSoftmaxLoss",
     "CrossBatchContrastiveLoss",
+    "DistanceWeightedMiner",
     "EACLoss",
     "InsCLRLoss",
     "Loss",
+    "MarginLoss",
     "MoCHiLoss",
     "MultiLabelASLLoss",
     "MultiLabelBCELoss",

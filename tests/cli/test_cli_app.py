@@ -13,6 +13,8 @@ import yaml
 
 from lightning_nrml.cli import NRMLCLI
 from lightning_nrml.cli.app import without_known_deprecations
+from lightning_nrml.losses import MarginLoss
+from lightning_nrml.modules import MetricLearning
 
 FIT = ("fit", "--config", "tiny.yaml")
 
@@ -249,3 +251,25 @@ def test_shipped_quickstart_end_to_end(nrml, folder):
     assert {"train/loss", "train/keep_rate"} <= set(header)
     code, _, err = nrml("test", "--config", "runs/quickstart/config.yaml", "--ckpt_path", "last")
     assert code == 0, err
+
+
+def test_margin_loss_by_its_name_learns_a_boundary_per_class(nrml, folder):
+    """Its recipe, cut to a few steps: short name, own learning rate, a checkpoint that rebuilds it."""
+    code, _, err = nrml(
+        "fit",
+        "--config",
+        "margin_digits",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=6",
+        "--model.init_args.schedule.warmup_steps=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    )
+    assert code == 0, err
+    path = folder / "runs" / "margin_digits" / "checkpoints" / "last.ckpt"
+    loss = MetricLearning.load_from_checkpoint(path).loss
+    assert isinstance(loss, MarginLoss)
+    moved = (loss.beta.detach() - 1.2).abs()  # Adam: about the learning rate at each of six steps
+    assert moved.shape == (10,)
+    assert 1e-3 < float(moved.min()) <= float(moved.max()) < 0.06
+    assert len(set(moved.tolist())) > 1

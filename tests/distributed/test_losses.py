@@ -13,6 +13,7 @@ from lightning_nrml.losses import (
     ContrastiveLoss,
     CosineSoftmaxLoss,
     CrossBatchContrastiveLoss,
+    MarginLoss,
     PMLLoss,
     SupConLoss,
 )
@@ -24,6 +25,8 @@ LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "supcon": (SupConLoss, {}),
     "supcon-drop": (SupConLoss, {"empty_positive": "drop"}),
     "softmax": (CosineSoftmaxLoss, {"num_classes": CLASSES, "embedding_dim": DIM}),
+    "margin": (MarginLoss, {"num_classes": CLASSES, "nu": 0.1}),
+    "margin-one-boundary": (MarginLoss, {"beta": 1.0, "nonzero_loss_cutoff": 1.2}),
     "pml-multi-similarity": (PMLLoss, {"name": "MultiSimilarityLoss"}),
     "pml-mined-triplet": (PMLLoss, {"name": "TripletMarginLoss", "miner": "MultiSimilarityMiner"}),
     "pml-margin": (PMLLoss, {"name": "MarginLoss", "learn_beta": True}),
@@ -125,6 +128,31 @@ def test_random_triplets_are_the_same_on_all_ranks(gloo_pool):
     assert first != second
     assert kept
     assert other_kept
+
+
+def margin_after_unlike_seeds(seed: int | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Loss, gradients (as DDP averages them) and the next number of the global generator."""
+    torch.manual_seed(distributed.rank() if seed is None else seed)
+    x, label, _ = batch()
+    start = distributed.rank() * ROWS
+    rows = slice(start, start + ROWS) if seed is None else slice(None)
+    x, loss = x[rows].requires_grad_(), MarginLoss(num_classes=CLASSES, nu=0.1).double()
+    value = loss(x, label[rows])
+    value.backward()
+    gradient = distributed.gather(x.grad) / distributed.world_size()
+    boundary = distributed.mean_over_ranks(loss.beta.grad)
+    return distributed.mean_over_ranks(value), gradient, boundary, int(torch.randint(2**31, (1,)))
+
+
+def test_margin_draws_what_rank_zero_alone_would(gloo_pool):
+    want = margin_after_unlike_seeds(0)
+    ranks = gloo_pool.run(margin_after_unlike_seeds, None)
+    for got in ranks:
+        for one, two in zip(got[:3], want[:3], strict=True):
+            torch.testing.assert_close(one, two)
+    assert want[1].abs().sum() > 0
+    assert [got[3] == want[3] for got in ranks] == [True, False]  # each rank keeps its own generator
+    assert not torch.equal(margin_after_unlike_seeds(1)[0], want[0])
 
 
 def empty_batches() -> list[float]:

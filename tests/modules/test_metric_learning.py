@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrml.callbacks import PRISM, KnownClean, RetrievalEvaluator
-from lightning_nrml.losses import ContrastiveLoss, CosineSoftmaxLoss, Loss, PMLLoss, SupConLoss
+from lightning_nrml.losses import ContrastiveLoss, CosineSoftmaxLoss, Loss, MarginLoss, PMLLoss, SupConLoss
 from lightning_nrml.models import create_head
 from lightning_nrml.modules import MetricLearning
 from lightning_nrml.modules.arguments import as_loss
@@ -138,6 +138,7 @@ LOSSES: dict[str, Any] = {
     "contrastive": lambda: ContrastiveLoss(0.25),
     "supcon": lambda: SupConLoss(0.2, base_temperature=0.1, empty_positive="drop"),
     "softmax": lambda: CosineSoftmaxLoss(10, 16, scale=8.0),
+    "margin": lambda: MarginLoss(0.1, 1.1, 0.01, num_classes=10, nonzero_loss_cutoff=1.2),
     "pml": lambda: PMLLoss(
         "ArcFaceLoss", miner="MultiSimilarityMiner", miner_kwargs={"epsilon": 0.2}, num_classes=10,
         embedding_size=16, margin=20.0,

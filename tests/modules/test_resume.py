@@ -16,14 +16,15 @@ from helpers import assert_same_state, digits, module, state_of, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_nrml.callbacks import PRISM, RetrievalEvaluator
-from lightning_nrml.losses import CosineSoftmaxLoss
+from lightning_nrml.losses import CosineSoftmaxLoss, MarginLoss
 
 CASES: dict[str, dict[str, Any]] = {
     "avg": {"filter": {"noise_rate": 0.5, "warmup_steps": 5, "window": 4}},
     "vmf": {"filter": {"noise_rate": 0.5, "similarity": "vmf"}},
     "epoch": {"filter": {"noise_rate": 0.5, "granularity": "epoch", "max_age": 2}},
     "dropout": {"filter": {"noise_rate": 0.3}, "module": {"backbone": "mobilenetv3_small_050"}},
-    "softmax": {"filter": {"noise_rate": 0.5}, "loss": True},
+    "softmax": {"filter": {"noise_rate": 0.5}, "loss": lambda: CosineSoftmaxLoss(10, 16)},
+    "margin": {"filter": {"noise_rate": 0.5}, "loss": lambda: MarginLoss(num_classes=10)},
     "workers": {"filter": {"noise_rate": 0.5}, "data": {"num_workers": 1}},
 }
 
@@ -34,7 +35,7 @@ def _run(folder: Path, case: dict[str, Any], epochs: int, resume: Path | None = 
         options["backbone_kwargs"] = {"drop_rate": 0.3}
     if case.get("loss"):
         torch.manual_seed(0)
-        options["loss"] = CosineSoftmaxLoss(10, 16)
+        options["loss"] = case["loss"]()
     net, data = module(**options), digits(**{"m_per_class": 4, **case.get("data", {})})
     saver = {"filename": "{epoch}", "save_top_k": -1, "auto_insert_metric_name": False, **saver}
     callbacks = [
@@ -71,7 +72,7 @@ def test_two_halves_equal_the_whole(tmp_path: Path, name: str) -> None:
     assert float(run.callback_metrics["val/map@r"]) == float(rerun.callback_metrics["val/map@r"])
 
 
-@pytest.mark.parametrize("name", ["avg", "epoch", "workers"])
+@pytest.mark.parametrize("name", ["avg", "epoch", "margin", "workers"])
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, name: str) -> None:
     every = {"filename": "{step}", "every_n_train_steps": 3, "save_on_train_epoch_end": False}
     whole, run = _run(tmp_path, CASES[name], 4, **every)
