@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.data.tables import booleans
 from lightning_nrml.files import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-#: columns that an audit writes beside the labels
-REMARKS = ("doubted", "marks")
+#: columns beside the labels, which an audit or ``nrml inject`` writes
+REMARKS = ("doubted", "marks", "clean_known")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class MultiLabelTable:
         label: ``(N, L)`` int64, 0 or 1.
         names: L names of labels.
         split: N names of splits, if the table has such a column.
+        clean_known: the labels that this table replaces are the truth (column ``clean_known``).
     """
 
     source: str
@@ -37,6 +39,7 @@ class MultiLabelTable:
     label: np.ndarray
     names: list[str]
     split: list[str] | None = None
+    clean_known: bool = False
 
 
 def read_multilabel_table(
@@ -50,8 +53,8 @@ def read_multilabel_table(
     Args:
         path: ``.csv``, ``.parquet``, or tab separated ``.txt`` / ``.tsv`` (UC Merced's).
         image_column: column of the images; default the first, and in a table of an audit ``path``.
-        label_columns: columns of the labels; default all others but the one of the splits and an audit's
-            remarks (``doubted``, ``marks``).
+        label_columns: columns of the labels; default all others but the one of the splits and remarks
+            (``doubted``, ``marks``, ``clean_known``).
         split_column: column of the splits; not needed.
 
     Raises:
@@ -76,7 +79,9 @@ def read_multilabel_table(
     images = [str(v) for v in frame[image_column]]
     _check_once(images, path)
     split = [str(v) for v in frame[split_column]] if split_column in columns else None
-    return MultiLabelTable(str(path), images, _labels(frame, names, images, path), names, split)
+    label = _labels(frame, names, images, path)
+    known = "clean_known" in columns and booleans(str(path), "clean_known", frame["clean_known"]).all()
+    return MultiLabelTable(str(path), images, label, names, split, bool(known))
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -158,7 +163,12 @@ def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, i
 
 
 def write_multilabel_table(
-    path: Path, images: Sequence[str], label: np.ndarray, names: Sequence[str], image_column: str = "image"
+    path: Path,
+    images: Sequence[str],
+    label: np.ndarray,
+    names: Sequence[str],
+    image_column: str = "image",
+    clean_known: bool = False,
 ) -> None:
     """Write what :func:`read_multilabel_table` reads, at once.
 
@@ -168,6 +178,7 @@ def write_multilabel_table(
         label: ``(N, L)``, 0 or 1.
         names: L names of labels, each once.
         image_column: what to call the column of the images.
+        clean_known: say in a column that the labels which the table replaces are the truth.
 
     Raises:
         ValueError: an image or a label twice, or a label with the name of the images' column; nothing is
@@ -182,6 +193,8 @@ def write_multilabel_table(
         raise ValueError(f"{path} would have two columns '{twice[0]}'; rename the label")
     frame = pd.DataFrame(label.astype(np.uint8), columns=list(names))
     frame.insert(0, image_column, list(images))
+    if clean_known:
+        frame["clean_known"] = True
     write_frame(path, frame)
 
 

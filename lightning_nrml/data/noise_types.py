@@ -44,6 +44,8 @@ class NoisyLabels:
         class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
             classes (``small_cluster``); else ``None``.
         keep: bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
+        known: whether ``clean_label`` is the truth; False = labels that a table replaced, and nothing says
+            that they were right.
     """
 
     label: np.ndarray
@@ -51,6 +53,7 @@ class NoisyLabels:
     is_noise: np.ndarray
     class_id: np.ndarray | None = None
     keep: np.ndarray | None = None
+    known: bool = True
 
     @property
     def true_label(self) -> np.ndarray:
@@ -66,12 +69,9 @@ class NoisyLabels:
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """Columns for ``data.tables.write_label_table``; ``NoiseConfig.table`` reads the file back."""
-        return {
-            "index": np.arange(len(self.label)),
-            "label": self.label,
-            "clean_label": self.clean_label,
-            "is_noise": self.is_noise,
-        }
+        columns = {"index": np.arange(len(self.label)), "label": self.label}
+        truth = {"clean_label": self.clean_label, "is_noise": self.is_noise}
+        return columns | truth if self.known else columns
 
 
 @dataclass
@@ -88,7 +88,8 @@ class NoiseConfig:
         seed: not negative; the same seed gives the same labels everywhere.
         mapping: for ``asymmetric``: wrong class by right class.
         table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
-            whose ``keep`` is false are left out of training.
+            whose ``keep`` is false are left out of training. The replaced labels count as the truth only if
+            the table says so (``clean_label``, or ``clean_known``: true).
         column: the table's column that holds the labels; not used by multi-label sets, whose tables have a
             column for every label.
         additive_rate: for ``mixed`` and ``scores``: rate of the added labels, if not ``rate``, which the

@@ -210,7 +210,8 @@ def check_splits(splits: Splits, where: str) -> None:
 def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
     """Replace the train labels; where noise dissolved classes, number the remaining ones anew."""
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
-    splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
+    splits.train.label = noisy.label.copy()
+    splits.train.clean_label = noisy.true_label.copy() if noisy.known else None
     splits.train.keep = noisy.keep
     if noisy.class_id is None:
         return

@@ -90,7 +90,7 @@ def test_corrected_table_replaces_injected_noise_and_measures_what_is_kept(tmp_p
     noisy = DigitsDataModule(noise=NoiseConfig("symmetric", 0.5, 0))
     label, clean = noisy.train_label.numpy(), noisy.train_clean_label.numpy()
     log_p = np.where(label == clean, -0.1, -5.0)
-    frame = audit_table(label, log_p, clean, confidence=np.ones(len(label)))
+    frame = audit_table(label, log_p, clean, confidence=np.ones(len(label)), clean_label=clean)
     for rule, rows in (("drop", int((label == clean).sum())), ("relabel", len(label))):
         path = write_both(tmp_path, rule, corrected_labels(frame, rule))
         data = DigitsDataModule(noise=str(path))

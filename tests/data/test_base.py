@@ -177,8 +177,35 @@ def test_a_label_table_replaces_the_train_labels(tmp_path, by_path):
     write_label_table(tmp_path / "t.csv", name | {"label": given[order]})
     dm = Toy(noise=str(tmp_path / "t.csv"))
     assert dm.train_label.tolist() == given.tolist()
-    assert dm.train_is_noise.tolist() == (np.arange(40) < 10).tolist()
     assert dm.noise_summary["kind"] == "table"
+    # nothing says that the labels which the table replaces were right
+    assert (dm.train_clean_label, dm.train_is_noise, dm.noise_summary["rate_realised"]) == (None, None, None)
+    assert dm.num_changed_labels == 10
+
+
+@pytest.mark.parametrize(
+    ("says", "known"),
+    [
+        ({}, False),
+        ({"clean_label": np.arange(40) % 8}, True),
+        ({"clean_label": np.where(np.arange(40) == 39, -1, np.arange(40) % 8)}, False),
+        ({"clean_known": np.ones(40, dtype=bool)}, True),
+        ({"clean_known": np.arange(40) < 39}, False),
+        ({"is_noise": np.arange(40) < 10}, True),
+        ({"given_label": np.arange(40) % 8}, False),  # a corrected table of labels that nobody has checked
+    ],
+)
+def test_the_truth_is_known_where_data_set_or_table_say_so(tmp_path, says, known):
+    own = np.arange(40) % 8
+    given = (np.arange(40) + (np.arange(40) < 10)) % 8
+    write_label_table(tmp_path / "t.csv", {"index": np.arange(40), "label": given} | says)
+    dm = Toy(noise=str(tmp_path / "t.csv"))
+    assert dm.train_label.tolist() == given.tolist()
+    assert (dm.train_clean_label is not None) == known
+    if known:
+        assert dm.train_is_noise.tolist() == (given != own).tolist()
+    # a data set with true labels knows them under any table
+    assert Toy(clean=own, noise=str(tmp_path / "t.csv")).train_clean_label.tolist() == own.tolist()
 
 
 def test_small_cluster_noise_lowers_the_number_of_classes_without_a_network():

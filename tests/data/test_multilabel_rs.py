@@ -149,6 +149,9 @@ def test_noise_from_a_table(tmp_path):
     frame = pd.DataFrame(rows)
     frame[::-1].to_csv(tmp_path / "noisy.csv", index=False)  # other orders of rows and columns
     data = module(tmp_path, noise=str(tmp_path / "noisy.csv"))
+    assert (data.train_is_noise, data.num_changed_labels) == (None, 3)  # nothing says which labels are true
+    frame.assign(clean_known=True)[::-1].to_csv(tmp_path / "noisy.csv", index=False)
+    data = module(tmp_path, noise=str(tmp_path / "noisy.csv"))
     assert data.train_is_noise.nonzero()[:, 0].tolist() == [2, 2, 2]
     assert data.train_label.tolist() == noisy[:12].tolist()
     frame.drop(4).to_csv(tmp_path / "short.csv", index=False)
