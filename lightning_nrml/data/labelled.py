@@ -183,7 +183,7 @@ class LabelledData(LightningDataModule):
             return "table"
         if self.noise.kind == "none" and self.splits.train.clean_label is not None:
             return "given"
-        return self.noise.kind
+        return str(self.noise.kind)
 
     def _split(self, name: str) -> Split | None:
         splits = self.splits

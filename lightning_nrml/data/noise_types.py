@@ -79,8 +79,9 @@ class NoiseConfig:
     """Which noise the training labels get.
 
     Args:
-        kind: ``none``, ``symmetric``, ``asymmetric``, ``pair_flip`` or ``small_cluster``; for multi-label
-            sets ``subtractive``, ``additive``, ``mixed``, ``uniform``, ``images`` or ``scores``.
+        kind: ``none`` (the default, but it must be said beside a rate), ``symmetric``, ``asymmetric``,
+            ``pair_flip`` or ``small_cluster``; for multi-label sets ``subtractive``, ``additive``, ``mixed``,
+            ``uniform``, ``images`` or ``scores``.
         rate: in [0, 1]: probability of a wrong label; for ``small_cluster`` the share of the classes that
             are dissolved; for ``subtractive``, ``additive`` and ``mixed`` flips over positives of each class;
             for ``images`` the share of images and of their labels; for ``scores`` the share of the positives
@@ -101,7 +102,7 @@ class NoiseConfig:
             order of the train images, or a CSV or Parquet table like that of the labels.
     """
 
-    kind: NoiseKind = "none"
+    kind: NoiseKind | None = None
     rate: float = 0.0
     seed: int = 0
     mapping: dict[int, int] | None = None
@@ -114,6 +115,11 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
+        if self.kind is None and self.rate and self.table is None:
+            raise ValueError(
+                f"noise.rate is {self.rate} but there is no noise.kind: set kind, such as symmetric (or none)"
+            )
+        self.kind = self.kind or "none"
         if self.kind not in kinds:
             near = difflib.get_close_matches(str(self.kind), kinds, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
