@@ -135,6 +135,14 @@ class MemorySource(ImageSource):
         return super().pictures(indices) if self.origin is None else self.origin.pictures(indices)
 
 
+def checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """``(height, width)``; raises ``ValueError`` unless both are at least 1 pixel."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    return size
+
+
 class DecodingSource(ImageSource):
     """Base of the sources that decode one image at a time.
 
@@ -151,7 +159,7 @@ class DecodingSource(ImageSource):
         if fit not in ("crop", "squash"):
             raise ValueError(f"fit must be 'crop' or 'squash', got {fit!r}")
         self.channels = channels
-        self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.size = checked_size(image_size)
         self.fit: Fit = fit
 
     @abstractmethod
