@@ -60,7 +60,7 @@ def read_multilabel_table(
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown suffix, a missing column, an image in two rows, or an entry that is neither 0
-            nor 1; names file, row (from 0, without the header) and column.
+            nor 1; names file, row (from 0, without the header) and column. Also two columns of one name.
     """
     frame = _read(path)
     columns = [str(c) for c in frame.columns]
@@ -72,6 +72,8 @@ def read_multilabel_table(
     for column in (image_column, *names):
         if column not in columns:
             raise ValueError(f"{path} has no column '{column}'; its columns are {', '.join(columns)}")
+    if len(columns) == 1 and ";" in columns[0]:
+        raise ValueError(f"{path} has one column, '{columns[0]}': is ';' its separator? Save it with commas")
     if not names or not len(frame):
         raise ValueError(
             f"{path} has {len(frame)} rows and {len(names)} label columns; give at least one of each"
@@ -96,10 +98,22 @@ def _read(path: Path) -> pd.DataFrame:
         if suffix == ".parquet":
             return pd.read_parquet(path)
         separator = "," if suffix == ".csv" else "\t"
+        _check_header(path, separator)
         # the first column may hold names such as 007
         return pd.read_csv(path, sep=separator, dtype={0: str}, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a label table: {error}") from error
+
+
+def _check_header(path: Path, separator: str) -> None:
+    """Refuse two columns of one name, which pandas would call ``cars`` and ``cars.1``."""
+    import pandas as pd
+
+    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = head.iloc[0].tolist()
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
 
 
 def _check_once(images: Sequence[str], path: Path) -> None:
@@ -125,9 +139,11 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
     bad = (number != 0) & (number != 1)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
+        value = frame[names[column]].tolist()[row]  # plain Python values, which read better than NumPy's
+        shown = "an empty cell" if value is None or value != value else repr(value)
         raise ValueError(
-            f"{path}, row {row} ({images[row]}), column '{names[column]}': "
-            f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
+            f"{path}, row {row} ({images[row]}), column '{names[column]}': {shown} "
+            f"({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
 
