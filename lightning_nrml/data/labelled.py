@@ -35,7 +35,8 @@ class LabelledData(LightningDataModule):
         self._splits: Splits | None = None
         #: how many of the data set's own labels a label table changed; ``None`` = there is no table
         self.num_changed_labels: int | None = None
-        self._bad_rows: list[str] = []
+        #: split and name of the images that are not there
+        self._missing: list[tuple[str, str]] = []
 
     def load_splits(self) -> Splits:
         """Labels and undecoded image sources of all splits."""
@@ -98,7 +99,7 @@ class LabelledData(LightningDataModule):
                 f"all {len(split)} {name} images are missing, such as {first}; check the path"
             )
         warnings.warn(f"left out {len(missing)} missing {name} images, such as {first}", stacklevel=2)
-        self._bad_rows += [f"{row}\t{split.images.name(row)}\tmissing from {name}\n" for row in missing]
+        self._missing += [(name, split.images.name(row)) for row in missing]
         rows = np.setdiff1d(np.arange(len(split)), missing)
         return split.subset(rows)
 

@@ -125,6 +125,9 @@ class MemorySource(ImageSource):
                     raise BadImageError(self.bad[row])
         return self.images[torch.as_tensor(indices, dtype=torch.int64)]
 
+    def name(self, row: int) -> str:
+        return super().name(row) if self.origin is None else self.origin.name(row)
+
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
         origin = None if self.origin is None else self.origin.subset(rows)

@@ -365,7 +365,11 @@ def test_skip_leaves_missing_images_out_without_moving_the_noise(folder, tmp_pat
     assert "train5.png" not in dm.train_paths
     assert torch.cat([b["image"][:, 0, 0, 0] for b in dm.test_dataloader()]).tolist() == [1, 2, 3, 4, 5]
     lines = (tmp_path / "run" / "bad_images.tsv").read_text().splitlines()
-    assert [line.split("\t")[2] for line in lines] == ["missing from train", "missing from test"]
+    assert [line.split("\t") for line in lines] == [
+        ["split", "index", "path", "reason"],
+        ["train", "", str(folder / "train5.png"), "missing"],
+        ["test", "", str(folder / "test0.png"), "missing"],
+    ]
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -381,9 +385,23 @@ def test_training_survives_corrupt_images_and_lists_them(folder, tmp_path, cache
     assert len(index) == 24
     assert 3 not in index
     assert torch.cat([b["index"] for b in dm.test_dataloader()]).tolist() == [0, 1, 3, 4, 5]
-    text = (run / "bad_images.tsv").read_text()
-    assert "train3.png" in text
-    assert "test2.png" in text
+    rows = [line.split("\t") for line in (run / "bad_images.tsv").read_text().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [
+        ["train", "3", str(folder / "train3.png")],
+        ["test", "2", str(folder / "test2.png")],
+    ]
+    assert all(row[3].startswith(f"cannot read {row[2]} (") for row in rows)
+    # a run of its own in the same folder begins anew, one that goes on does not
+    (folder / "train3.png").write_bytes((folder / "train4.png").read_bytes())
+    fit = trainer(run, max_epochs=2, limit_val_batches=0)
+    fit.fit(Net(), FileToy(folder, on_bad_image="skip", cache=cache))
+    assert not (run / "bad_images.tsv").exists()
+    fit.save_checkpoint(run / "x.ckpt")
+    (run / "bad_images.tsv").write_text("split\tindex\tpath\treason\n")
+    trainer(run, max_epochs=2).fit(
+        Net(), FileToy(folder, on_bad_image="skip", cache=cache), ckpt_path=str(run / "x.ckpt")
+    )
+    assert (run / "bad_images.tsv").exists()
 
 
 @pytest.mark.parametrize("cache", [True, False])
