@@ -105,7 +105,7 @@ def corrected_samples(corrected: pd.DataFrame, data: AuditData) -> pd.DataFrame:
     """One row per sample with a 0/1 column for every label, from the corrected table of the entries.
 
     Relabelled entries are turned. A dropped one cannot be left out of such a table: it stays as given, and
-    ``doubted`` names it.
+    ``doubted`` names it. ``clean_known`` is there where the truth is known.
     """
     import pandas as pd
 
@@ -117,7 +117,8 @@ def corrected_samples(corrected: pd.DataFrame, data: AuditData) -> pd.DataFrame:
     first = {"index": np.arange(rows)} if data.paths is None else {"path": data.paths}
     table = pd.DataFrame({**first, **{name: value[:, c] for c, name in enumerate(names)}})
     named = np.asarray(names, dtype=object)
-    return table.assign(doubted=[";".join(named[row]) for row in dropped])
+    table["doubted"] = [";".join(named[row]) for row in dropped]
+    return table if data.clean_label is None else table.assign(clean_known=True)
 
 
 def reviewed_entries(review: str | os.PathLike[str], data: AuditData) -> pd.DataFrame | None:

@@ -58,6 +58,15 @@ def from_ledger(path: str | os.PathLike[str]) -> pd.DataFrame:
     return by_rank.drop(columns="mean_log_p_clean")
 
 
+def ledger_names(frame: pd.DataFrame) -> list[str] | None:
+    """Class names by id, from the names in a ledger's table; an id that does not occur in it is its own."""
+    if "label_name" not in frame.columns or "suggested_name" not in frame.columns:
+        return None
+    pairs = [frame[["label", "label_name"]], frame[["suggested_label", "suggested_name"]]]
+    found = {int(i): str(name) for pair in pairs for i, name in pair.drop_duplicates().to_numpy()}
+    return [found.get(i, str(i)) for i in range(max(found) + 1)]
+
+
 def from_label_ledger(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, AuditData]:
     """The audit table of ``noise_ledger_labels.parquet``, a row for each label, and the samples behind it.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_nrml.audit.neighbours import Neighbours
-from lightning_nrml.audit.table import class_noise
+from lightning_nrml.audit.table import class_noise, clean_known
 from lightning_nrml.files import write_text
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def page_data(
         "facts": [[k, str(v)] for k, v in facts.facts.items()],
         "names": None if class_names is None else [str(n) for n in class_names],
         "calibrated": facts.calibrated,
+        "known": clean_known(frame),
         "total": len(frame),
         "rows": records,
         "thumbs": thumbs,

@@ -22,7 +22,7 @@ from lightning_nrml.audit.labels import (
     label_rates,
     reviewed_entries,
 )
-from lightning_nrml.audit.ledger import find_label_ledger, from_label_ledger, from_ledger
+from lightning_nrml.audit.ledger import find_label_ledger, from_label_ledger, from_ledger, ledger_names
 from lightning_nrml.audit.neighbours import trusted_neighbours
 from lightning_nrml.audit.report import ReportFacts, shown_rows, write_report
 from lightning_nrml.audit.scores import AuditScores, audit_label_scores, audit_scores, mixture_rate
@@ -134,7 +134,7 @@ def audit_ledger(
         by_index = frame.sort_values("index")
         label = torch.from_numpy(by_index["label"].to_numpy(copy=True))
         paths = by_index["path"].tolist() if "path" in by_index else None
-        data = AuditData(label, int(label.max()) + 1, paths=paths)
+        data = AuditData(label, int(label.max()) + 1, ledger_names(frame), paths)
     if pixels is not None:
         names = data.paths
         if names is None:

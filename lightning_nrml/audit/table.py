@@ -92,6 +92,15 @@ def class_noise(frame: pd.DataFrame, calibrated: bool) -> pd.DataFrame:
     return pd.DataFrame(columns).groupby("label").agg({"count": "sum", "wrong": "mean", "truth": "mean"})
 
 
+def clean_known(frame: pd.DataFrame) -> bool:
+    """Whether the true class of every sample of an audit table is known.
+
+    Label tables made from it then say so: without that word nobody may take the labels that they replace, the
+    doubted ones, for the truth.
+    """
+    return "clean_label" in frame.columns and bool((frame["clean_label"] >= 0).all())
+
+
 def corrected_labels(
     frame: pd.DataFrame, rule: Rule = "drop", below: float = 0.5, confident: float = 0.9
 ) -> pd.DataFrame:
@@ -111,7 +120,8 @@ def corrected_labels(
 
     Returns:
         Columns ``index``, ``path`` and ``label_name`` (if known), ``label`` (corrected), ``keep``,
-        ``given_label``, ``action`` (``kept``, ``dropped`` or ``relabelled``).
+        ``given_label``, ``action`` (``kept``, ``dropped`` or ``relabelled``) and, where the truth is known,
+        ``clean_known``.
 
     Raises:
         ValueError: an unknown rule, a number outside [0, 1], or ``relabel`` without a ``confidence`` column.
@@ -145,6 +155,8 @@ def _labels(frame: pd.DataFrame, label: np.ndarray, action: np.ndarray) -> pd.Da
     if {"label_name", "suggested_name"} <= set(frame.columns):
         named = np.where(action == "relabelled", frame["suggested_name"], frame["label_name"])
         table["label_name"] = named
+    if clean_known(frame):
+        table["clean_known"] = True
     return table.sort_values("index").reset_index(drop=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
     by ``;``, and the scores are means over the labels.
 
     Columns: ``index``, ``path`` and ``label`` (if the datamodule knows them), ``suggested_label``,
-    ``log_p_clean`` (last score), ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep`` (False
-    if the whole-set decision, or most of its batches, dropped the sample),
-    ``rank`` (1 = most suspicious) and, where the truth is known, ``clean_label``.
+    ``label_name`` and ``suggested_name`` (if classes have names), ``log_p_clean`` (last score),
+    ``mean_log_p_clean``, ``times_seen``, ``times_dropped``, ``keep`` (False if the whole-set decision, or
+    most of its batches, dropped the sample), ``rank`` (1 = most suspicious) and, where the truth is known,
+    ``clean_label``.
     """
     import pandas as pd
 
@@ -37,8 +39,9 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
         value = getattr(datamodule, attribute, None)
         if value is not None:
             columns[name] = _column(value, datamodule)
+    columns["suggested_label"] = _suggested(ledger, datamodule)
+    columns |= _named(columns, getattr(datamodule, "class_names", None))
     columns |= {
-        "suggested_label": _suggested(ledger, datamodule),
         "log_p_clean": ledger.last_score.tolist(),
         "mean_log_p_clean": ledger.mean_score().tolist(),
         "times_seen": ledger.seen.tolist(),
@@ -70,6 +73,15 @@ def _suggested(ledger: SampleLedger, datamodule: Any) -> list[Any]:
         return ledger.suggested.tolist()
     turned = (given > 0) ^ ledger.doubted().cpu()
     return in_words(turned, label_names(datamodule, ledger.num_labels))
+
+
+def _named(columns: dict[str, Any], names: Sequence[str] | None) -> dict[str, list[str]]:
+    """Names of given and suggested classes, empty for none; of multi-label data these are words already."""
+    if names is None or isinstance(next(iter(columns.get("label", ())), None), str):
+        return {}
+    text = {-1: "", **dict(enumerate(names))}
+    ids = {"label_name": columns.get("label"), "suggested_name": columns["suggested_label"]}
+    return {name: [text[i] for i in column] for name, column in ids.items() if column is not None}
 
 
 def write_ledger(ledger: SampleLedger, datamodule: Any, folder: Path) -> Path:

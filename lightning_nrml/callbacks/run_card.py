@@ -89,6 +89,8 @@ def _noise(data: Any) -> str:
         flags = torch.as_tensor(flags)
         flags = flags if keep is None else flags[torch.as_tensor(keep)]
         text += f"; realised {float(flags.float().mean()):.1%} wrong labels"
+    elif (changed := getattr(data, "num_changed_labels", None)) is not None:
+        text += f"; {changed} of {data.train_label.numel()} labels differ from the data set's own"
     return text
 
 

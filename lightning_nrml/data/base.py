@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nrml import distributed
+from lightning_nrml.data.bad_images import BadImageList
 from lightning_nrml.data.dataset import IndexedDataset, identity
 from lightning_nrml.data.labelled import LabelledData
 from lightning_nrml.data.loader import ResumableLoader
@@ -140,25 +142,29 @@ class NRMLDataModule(LabelledData):
             split = self._split(name)
             if split is not None:
                 self._fill_cache(split)
-        self._write_bad_rows()
+        self._begin_bad_list(stage)
 
     def _fill_cache(self, split: Split) -> None:
         if self.cache is True or (self.cache == "auto" and decoded_bytes(split.images) <= CACHE_LIMIT_BYTES):
             split.images = cached(split.images, self.on_bad_image)
 
-    @property
-    def _bad_list(self) -> Path | None:
+    def _bad_list(self, split: str) -> BadImageList | None:
         if self.on_bad_image == "raise":
             return None
-        return Path(self.trainer.default_root_dir if self.trainer is not None else ".") / BAD_IMAGE_LIST
+        folder = Path(self.trainer.default_root_dir if self.trainer is not None else ".")
+        return BadImageList(folder / BAD_IMAGE_LIST, split)
 
     @rank_zero_only
-    def _write_bad_rows(self) -> None:
-        if self._bad_rows and self._bad_list is not None:
-            self._bad_list.parent.mkdir(parents=True, exist_ok=True)
-            with self._bad_list.open("a", encoding="utf-8") as file:
-                file.writelines(self._bad_rows)
-        self._bad_rows = []
+    def _begin_bad_list(self, stage: str | None) -> None:
+        """Drop the list of an earlier run, and list what is missing; loaders do not run yet on any rank."""
+        bad_list = self._bad_list("train")
+        if bad_list is None:
+            return
+        resumed = getattr(self.trainer, "ckpt_path", None) is not None
+        if stage == "fit" and self.trainer is not None and not resumed:
+            bad_list.file.unlink(missing_ok=True)
+        for split, name in self._missing:
+            replace(bad_list, split=split).add(name, "missing")
 
     # ---- loaders ---------------------------------------------------------------------------------
 
@@ -188,7 +194,9 @@ class NRMLDataModule(LabelledData):
                 keep=self.train_keep,
                 length=length,
             )
-        dataset = IndexedDataset(self.splits.train, self.on_bad_image, replace=True, bad_list=self._bad_list)
+        dataset = IndexedDataset(
+            self.splits.train, self.on_bad_image, replace=True, bad_list=self._bad_list("train")
+        )
         return self._loader(
             dataset,
             self.train_sampler,
@@ -224,7 +232,9 @@ class NRMLDataModule(LabelledData):
                 f"{type(self).__name__} has no {name} split here: there is nothing to evaluate on"
             )
         self._fill_cache(split)
-        dataset = IndexedDataset(split, self.on_bad_image, bad_list=self._bad_list)
+        dataset = IndexedDataset(
+            split, self.on_bad_image, bad_list=self._bad_list("test" if split is self.splits.test else name)
+        )
         return self._loader(dataset, UnpaddedSampler(len(dataset)), self.eval_batch_size)
 
     def _loader(

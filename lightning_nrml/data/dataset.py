@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_nrml.data.bad_images import BadImageList
 from lightning_nrml.data.sources import BadImageError
 from lightning_nrml.data.splits import Split
 from lightning_nrml.types import Batch
@@ -30,7 +30,7 @@ class IndexedDataset(Dataset[Batch]):
         split: images and labels.
         on_bad_image: ``"raise"`` or ``"skip"``.
         replace: substitute unreadable rows (train) instead of leaving them out (evaluation).
-        bad_list: text file that receives one line per unreadable image; every worker appends.
+        bad_list: where unreadable images are listed.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class IndexedDataset(Dataset[Batch]):
         split: Split,
         on_bad_image: OnBadImage = "raise",
         replace: bool = False,
-        bad_list: Path | None = None,
+        bad_list: BadImageList | None = None,
     ) -> None:
         self.images = split.images
         self.label = torch.as_tensor(split.label)
@@ -77,7 +77,8 @@ class IndexedDataset(Dataset[Batch]):
             try:
                 image = self.images.get([row])
             except BadImageError as error:
-                self._record(index, str(error))
+                if self.bad_list is not None:
+                    self.bad_list.add(self.images.name(index), str(error), index)
                 found = self._find_substitute(index) if self.replace else None
                 self._substitute[index] = None if found is None else found[0]
                 if found is None:
@@ -98,11 +99,6 @@ class IndexedDataset(Dataset[Batch]):
             except BadImageError:
                 continue
         raise BadImageError(f"none of the {len(self)} images can be read, such as {self.images.name(index)}")
-
-    def _record(self, index: int, message: str) -> None:
-        if self.bad_list is not None:
-            with self.bad_list.open("a", encoding="utf-8") as file:
-                file.write(f"{index}\t{self.images.name(index)}\t{message}\n")
 
 
 def identity(batch: Any) -> Any:

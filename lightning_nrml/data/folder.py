@@ -98,6 +98,8 @@ class FolderDataModule(NRMLDataModule):
 def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     """Image paths relative to ``root``, their labels ``(N,)``, and the class names, all in sorted order.
 
+    Names that start with a dot, such as the ``._a.jpg`` that macOS leaves on foreign disks, are no images.
+
     Raises:
         ValueError: no class folder with images.
     """
@@ -107,7 +109,9 @@ def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     empty: list[str] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         images = sorted(
-            p.relative_to(root).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+            p.relative_to(root).as_posix()
+            for p in folder.rglob("*")
+            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
         )
         if not images:
             empty.append(folder.name)
@@ -118,7 +122,7 @@ def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     if not names:
         raise ValueError(
             f"{root} has no class folders with images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-            "the layout is <root>/<class>/<image>"
+            "the layout is <root>/<class>/<image>, or <root>/train/all/<image> for images without labels"
         )
     if empty:
         warnings.warn(

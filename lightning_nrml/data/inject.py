@@ -58,7 +58,7 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
     summary = _summary(data, splits, noisy)
     if noisy.label.ndim == 2:
         assert splits.train.paths is not None
-        write_multilabel_table(out, splits.train.paths, noisy.label, _names(splits))
+        write_multilabel_table(out, splits.train.paths, noisy.label, _names(splits), clean_known=noisy.known)
     else:
         write_label_table(out, _columns(splits.train, noisy))
     text = json.dumps({"table": out.name, **summary}, indent=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ class LabelledData(LightningDataModule):
         self.noise = noise or NoiseConfig()
         self.on_bad_image: OnBadImage = on_bad_image
         self._splits: Splits | None = None
-        self._bad_rows: list[str] = []
+        #: how many of the data set's own labels a label table changed; ``None`` = there is no table
+        self.num_changed_labels: int | None = None
+        #: split and name of the images that are not there
+        self._missing: list[tuple[str, str]] = []
 
     def load_splits(self) -> Splits:
         """Labels and undecoded image sources of all splits."""
@@ -49,7 +53,10 @@ class LabelledData(LightningDataModule):
         check_splits(splits, type(self).__name__)
         # On the full list and before anything else: a sample's label must not depend on missing files.
         if self.noise.kind != "none" or self.noise.table is not None:
-            put_noise(splits, self.inject_noise(splits.train, splits.num_classes))
+            noisy = self.inject_noise(splits.train, splits.num_classes)
+            if self.noise.table is not None:
+                self.num_changed_labels = int((noisy.label != splits.train.label).sum())
+            put_noise(splits, noisy)
         for name, split in splits.items():
             setattr(splits, name, self._without_missing(name, split))
         keep = splits.train.keep
@@ -73,7 +80,9 @@ class LabelledData(LightningDataModule):
         embedding = None
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
-        return apply_noise(truth, self.noise, num_classes, embedding, train.paths)
+        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths)
+        # a data set with true labels knows the truth, whatever the table says
+        return noisy if train.clean_label is None else replace(noisy, known=True)
 
     def _without_missing(self, name: str, split: Split) -> Split:
         missing = split.images.missing()
@@ -90,7 +99,7 @@ class LabelledData(LightningDataModule):
                 f"all {len(split)} {name} images are missing, such as {first}; check the path"
             )
         warnings.warn(f"left out {len(missing)} missing {name} images, such as {first}", stacklevel=2)
-        self._bad_rows += [f"{row}\t{split.images.name(row)}\tmissing from {name}\n" for row in missing]
+        self._missing += [(name, split.images.name(row)) for row in missing]
         rows = np.setdiff1d(np.arange(len(split)), missing)
         return split.subset(rows)
 
@@ -176,7 +185,7 @@ class LabelledData(LightningDataModule):
             return "table"
         if self.noise.kind == "none" and self.splits.train.clean_label is not None:
             return "given"
-        return self.noise.kind
+        return str(self.noise.kind)
 
     def _split(self, name: str) -> Split | None:
         splits = self.splits

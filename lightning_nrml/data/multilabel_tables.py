@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.data.tables import booleans
 from lightning_nrml.files import write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-#: columns that an audit writes beside the labels
-REMARKS = ("doubted", "marks")
+#: columns beside the labels, which an audit or ``nrml inject`` writes
+REMARKS = ("doubted", "marks", "clean_known")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class MultiLabelTable:
         label: ``(N, L)`` int64, 0 or 1.
         names: L names of labels.
         split: N names of splits, if the table has such a column.
+        clean_known: the labels that this table replaces are the truth (column ``clean_known``).
     """
 
     source: str
@@ -37,6 +39,7 @@ class MultiLabelTable:
     label: np.ndarray
     names: list[str]
     split: list[str] | None = None
+    clean_known: bool = False
 
 
 def read_multilabel_table(
@@ -50,14 +53,14 @@ def read_multilabel_table(
     Args:
         path: ``.csv``, ``.parquet``, or tab separated ``.txt`` / ``.tsv`` (UC Merced's).
         image_column: column of the images; default the first, and in a table of an audit ``path``.
-        label_columns: columns of the labels; default all others but the one of the splits and an audit's
-            remarks (``doubted``, ``marks``).
+        label_columns: columns of the labels; default all others but the one of the splits and remarks
+            (``doubted``, ``marks``, ``clean_known``).
         split_column: column of the splits; not needed.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown suffix, a missing column, an image in two rows, or an entry that is neither 0
-            nor 1; names file, row (from 0, without the header) and column.
+            nor 1; names file, row (from 0, without the header) and column. Also two columns of one name.
     """
     frame = _read(path)
     columns = [str(c) for c in frame.columns]
@@ -69,6 +72,8 @@ def read_multilabel_table(
     for column in (image_column, *names):
         if column not in columns:
             raise ValueError(f"{path} has no column '{column}'; its columns are {', '.join(columns)}")
+    if len(columns) == 1 and ";" in columns[0]:
+        raise ValueError(f"{path} has one column, '{columns[0]}': is ';' its separator? Save it with commas")
     if not names or not len(frame):
         raise ValueError(
             f"{path} has {len(frame)} rows and {len(names)} label columns; give at least one of each"
@@ -76,7 +81,9 @@ def read_multilabel_table(
     images = [str(v) for v in frame[image_column]]
     _check_once(images, path)
     split = [str(v) for v in frame[split_column]] if split_column in columns else None
-    return MultiLabelTable(str(path), images, _labels(frame, names, images, path), names, split)
+    label = _labels(frame, names, images, path)
+    known = "clean_known" in columns and booleans(str(path), "clean_known", frame["clean_known"]).all()
+    return MultiLabelTable(str(path), images, label, names, split, bool(known))
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -91,10 +98,22 @@ def _read(path: Path) -> pd.DataFrame:
         if suffix == ".parquet":
             return pd.read_parquet(path)
         separator = "," if suffix == ".csv" else "\t"
+        _check_header(path, separator)
         # the first column may hold names such as 007
         return pd.read_csv(path, sep=separator, dtype={0: str}, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a label table: {error}") from error
+
+
+def _check_header(path: Path, separator: str) -> None:
+    """Refuse two columns of one name, which pandas would call ``cars`` and ``cars.1``."""
+    import pandas as pd
+
+    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = head.iloc[0].tolist()
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
 
 
 def _check_once(images: Sequence[str], path: Path) -> None:
@@ -120,9 +139,11 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
     bad = (number != 0) & (number != 1)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
+        value = frame[names[column]].tolist()[row]  # plain Python values, which read better than NumPy's
+        shown = "an empty cell" if value is None or value != value else repr(value)
         raise ValueError(
-            f"{path}, row {row} ({images[row]}), column '{names[column]}': "
-            f"{frame[names[column]].iloc[row]!r} ({int(bad.sum())} such); a label is 0 or 1"
+            f"{path}, row {row} ({images[row]}), column '{names[column]}': {shown} "
+            f"({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
 
@@ -158,7 +179,12 @@ def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, i
 
 
 def write_multilabel_table(
-    path: Path, images: Sequence[str], label: np.ndarray, names: Sequence[str], image_column: str = "image"
+    path: Path,
+    images: Sequence[str],
+    label: np.ndarray,
+    names: Sequence[str],
+    image_column: str = "image",
+    clean_known: bool = False,
 ) -> None:
     """Write what :func:`read_multilabel_table` reads, at once.
 
@@ -168,6 +194,7 @@ def write_multilabel_table(
         label: ``(N, L)``, 0 or 1.
         names: L names of labels, each once.
         image_column: what to call the column of the images.
+        clean_known: say in a column that the labels which the table replaces are the truth.
 
     Raises:
         ValueError: an image or a label twice, or a label with the name of the images' column; nothing is
@@ -182,6 +209,8 @@ def write_multilabel_table(
         raise ValueError(f"{path} would have two columns '{twice[0]}'; rename the label")
     frame = pd.DataFrame(label.astype(np.uint8), columns=list(names))
     frame.insert(0, image_column, list(images))
+    if clean_known:
+        frame["clean_known"] = True
     write_frame(path, frame)
 
 

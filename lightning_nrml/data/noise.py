@@ -303,14 +303,17 @@ def _from_table(
                 f"{frame['clean_label'].iloc[where]}, but the dataset says {clean[where]} for index {where}; "
                 "the table was made for another order of the samples (else drop the column)"
             )
+    known = "clean_label" in frame.columns and bool((frame["clean_label"] >= 0).all())
+    known |= "is_noise" in frame.columns
+    known |= "clean_known" in frame.columns and bool(frame["clean_known"].all())
     keep = frame["keep"].to_numpy(dtype=bool, copy=True) if "keep" in frame.columns else None
     if keep is not None and not keep.any():
         raise ValueError(f"label table '{config.table}', column 'keep' leaves no sample to train on")
     if "is_noise" not in frame.columns:
-        return NoisyLabels(label, clean, label != clean, keep=keep)
+        return NoisyLabels(label, clean, label != clean, keep=keep, known=known)
     is_noise = frame["is_noise"].to_numpy(dtype=bool)
     class_id = renumbering(label, clean, is_noise, config.table)
-    return NoisyLabels(label, clean, is_noise, class_id, keep)
+    return NoisyLabels(label, clean, is_noise, class_id, keep, known)
 
 
 def renumbering(label: np.ndarray, clean: np.ndarray, is_noise: np.ndarray, source: str) -> np.ndarray | None:

@@ -44,6 +44,8 @@ class NoisyLabels:
         class_id: ``(C',)`` int64, original class id of every given label, where the noise renumbered the
             classes (``small_cluster``); else ``None``.
         keep: bool, False = a label table leaves the sample out of training; ``None`` = all are kept.
+        known: whether ``clean_label`` is the truth; False = labels that a table replaced, and nothing says
+            that they were right.
     """
 
     label: np.ndarray
@@ -51,6 +53,7 @@ class NoisyLabels:
     is_noise: np.ndarray
     class_id: np.ndarray | None = None
     keep: np.ndarray | None = None
+    known: bool = True
 
     @property
     def true_label(self) -> np.ndarray:
@@ -67,12 +70,9 @@ class NoisyLabels:
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """Columns for ``data.tables.write_label_table``; ``NoiseConfig.table`` reads the file back."""
-        return {
-            "index": np.arange(len(self.label)),
-            "label": self.label,
-            "clean_label": self.clean_label,
-            "is_noise": self.is_noise,
-        }
+        columns = {"index": np.arange(len(self.label)), "label": self.label}
+        truth = {"clean_label": self.clean_label, "is_noise": self.is_noise}
+        return columns | truth if self.known else columns
 
 
 @dataclass
@@ -80,8 +80,9 @@ class NoiseConfig:
     """Which noise the training labels get.
 
     Args:
-        kind: ``none``, ``symmetric``, ``asymmetric``, ``pair_flip`` or ``small_cluster``; for multi-label
-            sets ``subtractive``, ``additive``, ``mixed``, ``uniform``, ``images`` or ``scores``.
+        kind: ``none`` (the default, but it must be said beside a rate), ``symmetric``, ``asymmetric``,
+            ``pair_flip`` or ``small_cluster``; for multi-label sets ``subtractive``, ``additive``, ``mixed``,
+            ``uniform``, ``images`` or ``scores``.
         rate: in [0, 1]: probability of a wrong label; for ``small_cluster`` the share of the classes that
             are dissolved; for ``subtractive``, ``additive`` and ``mixed`` flips over positives of each class;
             for ``images`` the share of images and of their labels; for ``scores`` the share of the positives
@@ -89,7 +90,8 @@ class NoiseConfig:
         seed: not negative; the same seed gives the same labels everywhere.
         mapping: for ``asymmetric``: wrong class by right class.
         table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
-            whose ``keep`` is false are left out of training.
+            whose ``keep`` is false are left out of training. The replaced labels count as the truth only if
+            the table says so (``clean_label``, or ``clean_known``: true).
         column: the table's column that holds the labels; not used by multi-label sets, whose tables have a
             column for every label.
         additive_rate: for ``mixed`` and ``scores``: rate of the added labels, if not ``rate``, which the
@@ -101,7 +103,7 @@ class NoiseConfig:
             order of the train images, or a CSV or Parquet table like that of the labels.
     """
 
-    kind: NoiseKind = "none"
+    kind: NoiseKind | None = None
     rate: float = 0.0
     seed: int = 0
     mapping: dict[int, int] | None = None
@@ -114,6 +116,11 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
+        if self.kind is None and self.rate and self.table is None:
+            raise ValueError(
+                f"noise.rate is {self.rate} but there is no noise.kind: set kind, such as symmetric (or none)"
+            )
+        self.kind = self.kind or "none"
         if self.kind not in kinds:
             near = difflib.get_close_matches(str(self.kind), kinds, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrml.data.extras import import_extra
-from lightning_nrml.data.sources import BadImageError, ImageSource
+from lightning_nrml.data.sources import BadImageError, ImageSource, checked_size
 from lightning_nrml.data.views.base import as_float
 from lightning_nrml.files import write_text
 
@@ -53,7 +53,7 @@ class RasterSource(ImageSource):
         self.all_bands = bands is None
         self.channels = len(self.bands)
         self.image_size = image_size
-        self.size = shape[1:] if image_size is None else (image_size, image_size)
+        self.size = checked_size(image_size) or shape[1:]
 
     def _first_shape(self) -> tuple[int, int, int]:
         rasterio = import_extra("rasterio", self.paths[0] if len(self.paths) else "rasters")

@@ -93,7 +93,7 @@ class MultiLabelRemoteSensing(RemoteSensing):
                 f"first is '{lost[0]}'"
             )
         label = noisy.label[[position[image] for image in train.paths]][:, names]
-        return NoisyLabels(label, train.label, label != train.label)
+        return NoisyLabels(label, train.label, label != train.label, known=noisy.clean_known)
 
     def _label_order(self, table: MultiLabelTable) -> list[int]:
         """Positions of this set's labels among the table's."""

@@ -125,6 +125,9 @@ class MemorySource(ImageSource):
                     raise BadImageError(self.bad[row])
         return self.images[torch.as_tensor(indices, dtype=torch.int64)]
 
+    def name(self, row: int) -> str:
+        return super().name(row) if self.origin is None else self.origin.name(row)
+
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
         origin = None if self.origin is None else self.origin.subset(rows)
@@ -133,6 +136,14 @@ class MemorySource(ImageSource):
     def pictures(self, indices: Sequence[int]) -> Tensor:
         """As the origin has them."""
         return super().pictures(indices) if self.origin is None else self.origin.pictures(indices)
+
+
+def checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """``(height, width)``; raises ``ValueError`` unless both are at least 1 pixel."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    return size
 
 
 class DecodingSource(ImageSource):
@@ -151,7 +162,7 @@ class DecodingSource(ImageSource):
         if fit not in ("crop", "squash"):
             raise ValueError(f"fit must be 'crop' or 'squash', got {fit!r}")
         self.channels = channels
-        self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.size = checked_size(image_size)
         self.fit: Fit = fit
 
     @abstractmethod

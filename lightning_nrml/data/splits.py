@@ -234,7 +234,8 @@ def put_noise(splits: Splits, noisy: NoisyLabels) -> None:
         ValueError: none of the classes of an evaluation split remains, or no sample is left to train on.
     """
     # in the numbering of the given labels, so that "label != clean_label" always means wrong
-    splits.train.label, splits.train.clean_label = noisy.label.copy(), noisy.true_label.copy()
+    splits.train.label = noisy.label.copy()
+    splits.train.clean_label = noisy.true_label.copy() if noisy.known else None
     splits.train.keep = combined_keep(splits.train, noisy)
     if noisy.class_id is None:
         return

@@ -10,6 +10,7 @@ Columns (others are kept and not looked at):
 | ``clean_label`` | true class id, for measurement only; -1 = unknown |
 | ``weight`` | in [0, 1] |
 | ``keep``, ``is_noise`` | true/false or 1/0 |
+| ``clean_known`` | true/false or 1/0: the labels that the table replaces are the truth |
 
 The same format carries noisy labels, partially labelled data, pseudo-labels and selections.
 """
@@ -99,7 +100,7 @@ def _validated(frame: pd.DataFrame, source: str, column: str) -> pd.DataFrame:
             frame[name] = _integers(source, name, frame[name], minimum)
     if "weight" in frame.columns:
         frame["weight"] = _weights(source, "weight", frame["weight"])
-    for name in ("keep", "is_noise"):
+    for name in ("keep", "is_noise", "clean_known"):
         if name in frame.columns:
             frame[name] = booleans(source, name, frame[name])
     if "index" in frame.columns:
@@ -121,7 +122,7 @@ def read_label_table(path: str | os.PathLike[str], column: str = "label") -> pd.
 
     Returns:
         The table in file order: int64 ``index``, ``label``/``column``, ``clean_label``; float64 ``weight``;
-        bool ``keep``, ``is_noise``; str ``path``; further columns as pandas reads them.
+        bool ``keep``, ``is_noise``, ``clean_known``; str ``path``; further columns as pandas reads them.
 
     Raises:
         FileNotFoundError: there is no such file.

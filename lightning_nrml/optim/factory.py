@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,9 @@ class OptimizerConfig:
         loss_weight_decay: weight decay of those parameters.
         decay_all: also decay biases and norm parameters, and let LARS adapt them (SwAV's LARC does both).
         kwargs: passed to the optimiser.
+
+    Raises:
+        ValueError: a rate or decay is negative, infinite or NaN.
     """
 
     name: str = "adamw"
@@ -39,6 +43,12 @@ class OptimizerConfig:
     loss_weight_decay: float = 0.0
     decay_all: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "loss_lr", "weight_decay", "loss_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.{name} must be a number of at least 0, got {value}")
 
 
 @dataclass

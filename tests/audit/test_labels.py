@@ -306,7 +306,7 @@ def test_in_a_browser(found, scene, tmp_path):
         assert page.problems == []
     _, given, _ = scene
     read = read_multilabel_table(saved)
-    assert (read.images, read.names) == (described.paths, NAMES)
+    assert (read.images, read.names, read.clean_known) == (described.paths, NAMES, True)
     one, two = table["index"].head(2).tolist()
     want = given.clone()
     want[one // L, one % L] ^= 1

@@ -233,4 +233,5 @@ def test_in_a_browser(digits, tmp_path):
     assert all(int(r["label"]) == given[i] for i, r in rows.items() if i != first)
     # what the page saves goes back into training
     data = DigitsDataModule(noise=str(saved))
+    assert data.train_clean_label is not None  # known to the audit, and the page says so
     assert int(data.train_label[first]) == int(table["suggested_label"][0])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from lightning_nrml.audit import apply_review, audit_table, corrected_labels, from_ledger
+from lightning_nrml.audit import apply_review, audit_ledger, audit_table, corrected_labels, from_ledger
 from lightning_nrml.audit.table import class_noise, write_both
-from lightning_nrml.callbacks.ledger_file import write_ledger
+from lightning_nrml.callbacks.ledger_file import ledger_frame, write_ledger
 from lightning_nrml.data import DigitsDataModule, NoiseConfig, TableDataModule
 from lightning_nrml.memory import SampleLedger
 
@@ -90,7 +93,7 @@ def test_corrected_table_replaces_injected_noise_and_measures_what_is_kept(tmp_p
     noisy = DigitsDataModule(noise=NoiseConfig("symmetric", 0.5, 0))
     label, clean = noisy.train_label.numpy(), noisy.train_clean_label.numpy()
     log_p = np.where(label == clean, -0.1, -5.0)
-    frame = audit_table(label, log_p, clean, confidence=np.ones(len(label)))
+    frame = audit_table(label, log_p, clean, confidence=np.ones(len(label)), clean_label=clean)
     for rule, rows in (("drop", int((label == clean).sum())), ("relabel", len(label))):
         path = write_both(tmp_path, rule, corrected_labels(frame, rule))
         data = DigitsDataModule(noise=str(path))
@@ -111,6 +114,25 @@ def test_ledger(tmp_path):
     (tmp_path / "x.csv").write_text("index,label\n0,1\n")
     with pytest.raises(ValueError, match="has no column 'mean_log_p_clean'"):
         from_ledger(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_ledger_has_the_names_of_classes_and_gives_them_back(tmp_path, suffix):
+    ledger = SampleLedger(4)
+    suggested = torch.tensor([2, -1, 0, -1])
+    ledger.record(torch.arange(4), torch.tensor([0.0, 1.0, 0.0, 1.0]), -torch.arange(4.0), suggested)
+    names = ["ant", "NA", "cat", "dog"]  # nothing is given or suggested as the last
+    data = SimpleNamespace(train_label=torch.tensor([0, 1, 2, 1]), class_names=names)
+    frame = ledger_frame(ledger, data).set_index("index").sort_index()
+    assert frame["label_name"].tolist() == ["ant", "NA", "cat", "NA"]
+    assert frame["suggested_name"].tolist() == ["cat", "", "ant", ""]
+    write_ledger(ledger, data, tmp_path)
+    found = audit_ledger(tmp_path / f"noise_ledger.{suffix}", tmp_path / "out")
+    assert found.corrected["label_name"].tolist() == ["ant", "NA", "cat", "NA"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert '"names":["ant","NA","cat"]' in page
+    data.class_names = None
+    assert "label_name" not in ledger_frame(ledger, data)
 
 
 def test_noise_by_class_with_and_without_the_truth():

@@ -177,8 +177,35 @@ def test_a_label_table_replaces_the_train_labels(tmp_path, by_path):
     write_label_table(tmp_path / "t.csv", name | {"label": given[order]})
     dm = Toy(noise=str(tmp_path / "t.csv"))
     assert dm.train_label.tolist() == given.tolist()
-    assert dm.train_is_noise.tolist() == (np.arange(40) < 10).tolist()
     assert dm.noise_summary["kind"] == "table"
+    # nothing says that the labels which the table replaces were right
+    assert (dm.train_clean_label, dm.train_is_noise, dm.noise_summary["rate_realised"]) == (None, None, None)
+    assert dm.num_changed_labels == 10
+
+
+@pytest.mark.parametrize(
+    ("says", "known"),
+    [
+        ({}, False),
+        ({"clean_label": np.arange(40) % 8}, True),
+        ({"clean_label": np.where(np.arange(40) == 39, -1, np.arange(40) % 8)}, False),
+        ({"clean_known": np.ones(40, dtype=bool)}, True),
+        ({"clean_known": np.arange(40) < 39}, False),
+        ({"is_noise": np.arange(40) < 10}, True),
+        ({"given_label": np.arange(40) % 8}, False),  # a corrected table of labels that nobody has checked
+    ],
+)
+def test_the_truth_is_known_where_data_set_or_table_say_so(tmp_path, says, known):
+    own = np.arange(40) % 8
+    given = (np.arange(40) + (np.arange(40) < 10)) % 8
+    write_label_table(tmp_path / "t.csv", {"index": np.arange(40), "label": given} | says)
+    dm = Toy(noise=str(tmp_path / "t.csv"))
+    assert dm.train_label.tolist() == given.tolist()
+    assert (dm.train_clean_label is not None) == known
+    if known:
+        assert dm.train_is_noise.tolist() == (given != own).tolist()
+    # a data set with true labels knows them under any table
+    assert Toy(clean=own, noise=str(tmp_path / "t.csv")).train_clean_label.tolist() == own.tolist()
 
 
 def test_small_cluster_noise_lowers_the_number_of_classes_without_a_network():
@@ -338,7 +365,11 @@ def test_skip_leaves_missing_images_out_without_moving_the_noise(folder, tmp_pat
     assert "train5.png" not in dm.train_paths
     assert torch.cat([b["image"][:, 0, 0, 0] for b in dm.test_dataloader()]).tolist() == [1, 2, 3, 4, 5]
     lines = (tmp_path / "run" / "bad_images.tsv").read_text().splitlines()
-    assert [line.split("\t")[2] for line in lines] == ["missing from train", "missing from test"]
+    assert [line.split("\t") for line in lines] == [
+        ["split", "index", "path", "reason"],
+        ["train", "", str(folder / "train5.png"), "missing"],
+        ["test", "", str(folder / "test0.png"), "missing"],
+    ]
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -354,9 +385,23 @@ def test_training_survives_corrupt_images_and_lists_them(folder, tmp_path, cache
     assert len(index) == 24
     assert 3 not in index
     assert torch.cat([b["index"] for b in dm.test_dataloader()]).tolist() == [0, 1, 3, 4, 5]
-    text = (run / "bad_images.tsv").read_text()
-    assert "train3.png" in text
-    assert "test2.png" in text
+    rows = [line.split("\t") for line in (run / "bad_images.tsv").read_text().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [
+        ["train", "3", str(folder / "train3.png")],
+        ["test", "2", str(folder / "test2.png")],
+    ]
+    assert all(row[3].startswith(f"cannot read {row[2]} (") for row in rows)
+    # a run of its own in the same folder begins anew, one that goes on does not
+    (folder / "train3.png").write_bytes((folder / "train4.png").read_bytes())
+    fit = trainer(run, max_epochs=2, limit_val_batches=0)
+    fit.fit(Net(), FileToy(folder, on_bad_image="skip", cache=cache))
+    assert not (run / "bad_images.tsv").exists()
+    fit.save_checkpoint(run / "x.ckpt")
+    (run / "bad_images.tsv").write_text("split\tindex\tpath\treason\n")
+    trainer(run, max_epochs=2).fit(
+        Net(), FileToy(folder, on_bad_image="skip", cache=cache), ckpt_path=str(run / "x.ckpt")
+    )
+    assert (run / "bad_images.tsv").exists()
 
 
 @pytest.mark.parametrize("cache", [True, False])

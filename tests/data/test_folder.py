@@ -67,10 +67,27 @@ def test_split_folders_of_other_classes_are_zero_shot_and_mixed_ones_refused(tmp
         folder(tmp_path).num_classes
 
 
+def test_names_that_start_with_a_dot_are_no_images(tmp_path):
+    fill(tmp_path, "ab")
+    for name in ("._0.png", ".hidden.jpg"):
+        (tmp_path / "a" / name).write_bytes(b"resource fork")
+    splits = folder(tmp_path, split="images").splits
+    assert not [path for part in (splits.train, splits.test) for path in part.paths if "/." in path]
+    assert len(splits.train) + len(splits.test) == 8
+
+
+def test_images_without_labels(tmp_path):
+    fill(tmp_path / "train", ["all"])
+    data = folder(tmp_path, batch_size=2)
+    assert (data.num_classes, data.num_train_samples, data.splits.test) == (1, 4, None)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         folder(tmp_path / "nowhere").num_classes
-    with pytest.raises(ValueError, match="has no class folders with images"):
+    with pytest.raises(
+        ValueError, match=r"has no class folders with images.*or <root>/train/all/<image> for"
+    ):
         folder(tmp_path).num_classes
     fill(tmp_path, "a")
     with pytest.raises(ValueError, match="at least 2 class folders"):

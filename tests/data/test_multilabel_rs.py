@@ -149,6 +149,9 @@ def test_noise_from_a_table(tmp_path):
     frame = pd.DataFrame(rows)
     frame[::-1].to_csv(tmp_path / "noisy.csv", index=False)  # other orders of rows and columns
     data = module(tmp_path, noise=str(tmp_path / "noisy.csv"))
+    assert (data.train_is_noise, data.num_changed_labels) == (None, 3)  # nothing says which labels are true
+    frame.assign(clean_known=True)[::-1].to_csv(tmp_path / "noisy.csv", index=False)
+    data = module(tmp_path, noise=str(tmp_path / "noisy.csv"))
     assert data.train_is_noise.nonzero()[:, 0].tolist() == [2, 2, 2]
     assert data.train_label.tolist() == noisy[:12].tolist()
     frame.drop(4).to_csv(tmp_path / "short.csv", index=False)
@@ -310,13 +313,37 @@ def test_without_rasterio_a_raster_names_the_extra_and_rgb_needs_none(tmp_path, 
         module(tmp_path, bands=[1], on_bad_image="skip").num_classes
 
 
+def test_a_label_that_has_two_columns_is_named(tmp_path):
+    make(tmp_path, table="good.csv")
+    for text in ("image,cars,trees,cars\na,0,1,1\n", "image,cars,cars\na,0,1\n"):
+        (tmp_path / "twice.csv").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"twice.csv cannot be read .* there are 2 columns 'cars'; rename"
+        ):
+            module(tmp_path, table="twice.csv").num_classes
+
+
+def test_a_table_with_another_separator_asks_for_it(tmp_path):
+    make(tmp_path, table="good.csv")
+    (tmp_path / "semi.csv").write_text((tmp_path / "good.csv").read_text().replace(",", ";"))
+    with pytest.raises(
+        ValueError, match=r"semi.csv has one column, 'image;.*': is ';' its separator\? Save it with"
+    ):
+        module(tmp_path, table="semi.csv").num_classes
+
+
 def test_bad_tables_and_lists_are_named(tmp_path):
     make(tmp_path)
     wrong = labels()[:, 0].astype(object)
     wrong[5] = 2
     twice = [f"scene{i:02d}" for i in range(20)] + ["scene03"]
     for change, words in (
-        ({"field": wrong}, r"row 5 \(scene05\), column 'field': .*2.* a label is 0 or 1"),
+        ({"field": wrong}, r"row 5 \(scene05\), column 'field': 2 \(1 such\); a label is 0 or 1"),
+        ({"field": np.where(wrong == 2, "", wrong)}, r"column 'field': an empty cell \(1 such\); a label is"),
+        (
+            {"field": np.where(wrong == 2, "yes", wrong)},
+            r"column 'field': 'yes' \(1 such\); a label is 0 or 1",
+        ),
         ({"image": twice}, "'scene03' stands in rows 3 and 20"),
         ({"split": ["train"] * 20 + ["dev"]}, "'dev' is no split"),
         ({"split": ["test"] * 21}, "no train split"),

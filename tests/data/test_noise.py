@@ -269,7 +269,7 @@ def test_apply_noise_dispatches():
     ]:
         assert (apply_noise(LABEL, config, C).label == direct.label).all()
         assert direct.is_noise.any()
-    clean = apply_noise(LABEL, NoiseConfig(rate=0.3), C)  # kind none switches a recipe's noise off
+    clean = apply_noise(LABEL, NoiseConfig("none", 0.3), C)  # kind none switches a recipe's noise off
     assert (clean.label == LABEL).all()
     assert not clean.is_noise.any()
     config = NoiseConfig("small_cluster", 0.5, 4)
@@ -283,6 +283,7 @@ def test_apply_noise_dispatches():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"rate": 0.3}, r"noise.rate is 0.3 but there is no noise.kind: set kind, such as symmetric"),
         ({"kind": "symetric"}, "did you mean 'symmetric'"),
         ({"kind": "symmetric", "rate": 20}, r"noise.rate must lie in \[0, 1\], got 20"),
         ({"seed": -3}, "noise.seed"),

@@ -58,6 +58,12 @@ def test_memory_returns_rows_in_the_order_asked_for_and_subsets_keep_bad_rows():
         MemorySource(images[0])
 
 
+@pytest.mark.parametrize("size", [0, -8, (16, 0)])
+def test_sizes_without_pixels_are_refused(files, size):
+    with pytest.raises(ValueError, match=r"^image_size must be at least 1 pixel, got "):
+        FileSource(files, image_size=size)
+
+
 def test_encoded_images_decode_to_the_pixels_that_pillow_gives():
     pixels = [picture(i) for i in range(3)]
     jpegs = [encode(p, "JPEG", quality=90) for p in pixels]

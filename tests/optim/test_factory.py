@@ -34,6 +34,14 @@ def test_decay_all_and_frozen_parameters() -> None:
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(4, 0.3)]
 
 
+@pytest.mark.parametrize("name", ["lr", "loss_lr", "weight_decay", "loss_weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_rates_that_cannot_train_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^optimizer\.{name} must be a number of at least 0, got {value}$"):
+        OptimizerConfig(**{name: value})
+    assert getattr(OptimizerConfig(**{name: 0.0}), name) == 0.0
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars", "lamb"])
 def test_every_optimiser_descends(name: str) -> None:
     torch.manual_seed(0)
