@@ -81,7 +81,8 @@ def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
     if trainer.state.fn != "fit":
         return True
     epoch = trainer.current_epoch + 1
-    return epoch % every_n_epochs == 0 or epoch == trainer.max_epochs
+    last = epoch == trainer.max_epochs or trainer.global_step >= trainer.max_steps > -1
+    return last or epoch % every_n_epochs == 0
 
 
 def size_of(name: str, owner: str, *places: Any) -> int:
@@ -95,6 +96,21 @@ def size_of(name: str, owner: str, *places: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise ValueError(f"{owner} needs `{name}`: give your datamodule or LightningModule that int attribute.")
+
+
+def train_set_loader(trainer: Trainer, owner: str) -> Any:
+    """Batches of the train split in order, each image once over the ranks, before the evaluation view.
+
+    Raises:
+        TypeError: the datamodule has no ``embed_dataloader``.
+    """
+    make = getattr(getattr(trainer, "datamodule", None), "embed_dataloader", None)
+    if make is None:
+        raise TypeError(
+            f"{owner} needs a datamodule with `embed_dataloader()`, the train split in order and without "
+            "augmentation (all datamodules of lightning_nrml have one)."
+        )
+    return make()
 
 
 def embed_train_set(
@@ -115,15 +131,9 @@ def embed_train_set(
     Raises:
         TypeError: the datamodule has no ``embed_dataloader``.
     """
-    make = getattr(getattr(trainer, "datamodule", None), "embed_dataloader", None)
-    if make is None:
-        raise TypeError(
-            f"{owner} needs a datamodule with `embed_dataloader()`, the train split in order and without "
-            "augmentation (all datamodules of lightning_nrml have one)."
-        )
     rows, labels = [], []
     with evaluating(pl_module):
-        for batch in make():
+        for batch in train_set_loader(trainer, owner):
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             labels.append(labels_of(batch, label, owner).long())
             rows.append(embed(trainer, pl_module, batch["image"]))
