@@ -50,8 +50,9 @@ class EmbeddingMap(SplitCallback):
             over the train split without augmentation; needs no validation split.
         max_samples: points over all ranks, 3 or more.
         min_per_class: points of a class before another class is begun: of 10,000 classes, 2,000 points show
-            some 200 classes with 10 points each, not 2,000 classes with one.
-        method: ``"pca"``; ``"tsne"``, which is slower and shows groups better, but neither their sizes nor their distances; or ``"umap"``, which needs the package umap-learn.
+            some 400 classes with 5 points each, not 2,000 classes with one.
+        method: ``"pca"``; ``"tsne"``, which is slower and shows groups better, but neither their sizes
+            nor their distances; or ``"umap"``, which needs the package umap-learn.
         seed: of the sample, and of t-SNE and UMAP.
         folder: where to write; default the trainer's ``default_root_dir``.
 
@@ -64,7 +65,7 @@ class EmbeddingMap(SplitCallback):
         every_n_epochs: int = 10,
         split: Literal["val", "train"] = "val",
         max_samples: int = 2000,
-        min_per_class: int = 10,
+        min_per_class: int = 5,
         method: Method = "pca",
         seed: int = 0,
         folder: str | None = None,
@@ -144,6 +145,11 @@ class EmbeddingMap(SplitCallback):
     @staticmethod
     def _add(sample: BalancedSample, embedding: Tensor, batch: Any) -> None:
         label = labels_of(batch, "given", "EmbeddingMap")
+        if "index" not in batch:
+            raise ValueError(
+                f"EmbeddingMap needs 'index', the position in the data set, in every batch. The keys are "
+                f"{sorted(batch)}."
+            )
         sample.add(embedding, batch["index"], label, batch.get("clean_label"))
 
     def _draw_train_split(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +160,9 @@ class EmbeddingMap(SplitCallback):
                     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 else:  # not through the trainer's hooks, which would augment while it trains
                     batch = views({k: v.to(pl_module.device) for k, v in batch.items()}, training=False)
-                image = batch["image"].to(pl_module.dtype)
+                image = batch["image"]
+                if image.is_floating_point():
+                    image = image.to(pl_module.dtype)  # they differ for precision="bf16-true"
                 self._add(sample, embed(trainer, pl_module, image), batch)
         self._draw(trainer, pl_module, sample, "train")
 
