@@ -192,8 +192,8 @@ class EmbeddingMap(SplitCallback):
         draw_map(frame, picture, self._title(trainer, sample, split), axes)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"embedding_map/{split}", [str(picture)])
-                logger.log_table(f"embedding_map/{split}_points", dataframe=frame)
+                logger.log_image(f"embedding_map/{split}", [str(picture)], trainer.global_step)
+                logger.log_table(f"embedding_map/{split}_points", dataframe=frame, step=trainer.global_step)
         if picture not in self._drawn:
             rank_zero_info(f"Embedding map of {len(frame)} {split} images: {picture} (points: {name}.csv)")
         self._drawn.add(picture)
