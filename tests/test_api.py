@@ -119,6 +119,10 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "PRISM": {},
         "RetrievalEvaluator": {},
         "MultiLabelEvaluator": {},
+        "OnlineKNN": {},
+        "OnlineLinearProbe": {},
+        "NoiseReport": {},
+        "EmbeddingMap": {"every_n_epochs": 10, "split": "val", "max_samples": 2000},
     },
 }
 METHODS = {

@@ -17,12 +17,14 @@ from lightning_nrml.callbacks.noise_filter import NoiseFilterCallback
 from lightning_nrml.callbacks.noise_report import NoiseReport
 from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.probe import OnlineLinearProbe
+from lightning_nrml.callbacks.projection import EmbeddingMap
 from lightning_nrml.callbacks.retrieval import RetrievalEvaluator
 from lightning_nrml.callbacks.tsint import TSINT
 
 __all__ = [
     "BARE",
     "Consensus",
+    "EmbeddingMap",
     "KNNVote",
     "KnownClean",
     "LossQuantile",

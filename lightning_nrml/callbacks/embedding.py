@@ -97,6 +97,21 @@ def size_of(name: str, owner: str, *places: Any) -> int:
     raise ValueError(f"{owner} needs `{name}`: give your datamodule or LightningModule that int attribute.")
 
 
+def train_set_loader(trainer: Trainer, owner: str) -> Any:
+    """Batches of the train split in order, each image once over the ranks, before the evaluation view.
+
+    Raises:
+        TypeError: the datamodule has no ``embed_dataloader``.
+    """
+    make = getattr(getattr(trainer, "datamodule", None), "embed_dataloader", None)
+    if make is None:
+        raise TypeError(
+            f"{owner} needs a datamodule with `embed_dataloader()`, the train split in order and without "
+            "augmentation (all datamodules of lightning_nrml have one)."
+        )
+    return make()
+
+
 def embed_train_set(
     trainer: Trainer, pl_module: LightningModule, label: LabelName, owner: str
 ) -> tuple[Tensor, Tensor]:
@@ -115,15 +130,9 @@ def embed_train_set(
     Raises:
         TypeError: the datamodule has no ``embed_dataloader``.
     """
-    make = getattr(getattr(trainer, "datamodule", None), "embed_dataloader", None)
-    if make is None:
-        raise TypeError(
-            f"{owner} needs a datamodule with `embed_dataloader()`, the train split in order and without "
-            "augmentation (all datamodules of lightning_nrml have one)."
-        )
     rows, labels = [], []
     with evaluating(pl_module):
-        for batch in make():
+        for batch in train_set_loader(trainer, owner):
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             labels.append(labels_of(batch, label, owner).long())
             rows.append(embed(trainer, pl_module, batch["image"]))

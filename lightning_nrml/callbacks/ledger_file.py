@@ -46,7 +46,7 @@ def ledger_frame(ledger: SampleLedger, datamodule: Any = None) -> pd.DataFrame:
         "mean_log_p_clean": ledger.mean_score().tolist(),
         "times_seen": ledger.seen.tolist(),
         "times_dropped": ledger.dropped.tolist(),
-        "keep": (ledger.keep & (2 * ledger.dropped <= ledger.seen)).tolist(),
+        "keep": ledger.kept().tolist(),
     }
     frame = pd.DataFrame(columns)
     share = frame["times_dropped"] / frame["times_seen"].clip(lower=1)

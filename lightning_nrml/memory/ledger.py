@@ -118,6 +118,10 @@ class SampleLedger(StateModule):
         """``(N,)`` mean of all scores of each sample, NaN where there is none."""
         return torch.where(self.score_count > 0, self.score_sum / self.score_count, torch.nan)
 
+    def kept(self) -> Tensor:
+        """``(N,)`` bool, False where the whole-set decision, or most of its batches, dropped the sample."""
+        return self.keep & (2 * self.dropped <= self.seen)
+
     def to_columns(self) -> dict[str, Tensor]:
         """The table of one row per sample, as CPU tensors ``(N,)``, ready for parquet or CSV."""
         columns = {

@@ -92,6 +92,23 @@ def counter_uniform(
     return _shift_right(z, 40).to(torch.float32) * 2.0**-24
 
 
+def row_hash(key: Tensor, seed: int, stream: int = 0) -> Tensor:
+    """A number for each row that depends on nothing but its key: where a sample must not depend on order.
+
+    Args:
+        key: ``(n,)`` integers, such as dataset positions.
+        seed: another seed gives other numbers.
+        stream: which purpose the numbers serve; different streams are independent.
+
+    Returns:
+        ``(n,)`` int64, different for different keys.
+    """
+    state = 0
+    for part in (seed, stream):
+        state = _mix_int((state + (part & _MASK) * _GOLDEN + _GOLDEN) & _MASK)
+    return _mix(key.long() * _signed(_GOLDEN) + _signed(state))
+
+
 class Draws:
     """The random numbers of one operation on one batch, handed out in order.
 
