@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lightning_nrml.cli.check import load_yaml
 from lightning_nrml.cli.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +20,14 @@ def default_run_folder(configs: list[str], model: str, data: str) -> Path:
         return Path("runs") / (last.parent.name if last.stem == "config" else last.stem)
     short = [name.rsplit(".", 1)[-1].lower() for name in (model, data) if name]
     return Path("runs") / "_".join(short)
+
+
+def saved_roots(configs: list[str]) -> list[Path]:
+    """The ``trainer.default_root_dir`` that each of the config files names, where it does."""
+    trees = [load_yaml(Path(config)) for config in configs if Path(config).is_file()]
+    sections = [tree.get("trainer") for tree in trees]
+    roots = [section.get("default_root_dir") for section in sections if isinstance(section, dict)]
+    return [Path(root) for root in roots if root]
 
 
 def resolve_checkpoint(command: str, ckpt_path: str | None, run_folder: Path) -> str | None:
