@@ -217,10 +217,11 @@ class NRMLCLI(LightningCLI):
             self._section().ckpt_path = self._ckpt_path
 
     def after_instantiate_classes(self) -> None:
-        """A resumed run continues its metrics file."""
+        """A resumed run continues its metrics file; any run lets :class:`RunConfig` say when it begins."""
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None
+                logger.waiting = any(isinstance(c, RunConfig) for c in self.trainer.callbacks)
 
 
 def check_checkpoint(ckpt_path: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
+import pytest
 import yaml
 
 FIT = ("fit", "--config", "tiny.yaml")
@@ -57,3 +59,35 @@ def test_a_place_that_was_given_is_kept(nrml, folder):
     saved = yaml.safe_load((folder / "runs/tiny/config.yaml").read_text())
     assert saved["checkpoint_last"]["dirpath"] == "elsewhere"
     assert saved["trainer"]["logger"]["init_args"]["save_dir"] == "curves"
+
+
+HOOKS = ("setup", "configure_optimizers", "validation_step", "on_train_start", "training_step")
+
+
+def test_a_run_that_fails_at_its_start_leaves_the_earlier_one_alone(nrml, folder):
+    """Config, hyperparameters and metrics of the run that was there, whatever fails, anew or resumed."""
+    assert nrml(*FIT)[0] == 0
+    before = contents(folder / "runs/tiny")
+    for hook in HOOKS:
+        with pytest.raises(RuntimeError, match="failed at start"):
+            nrml(*FIT, "--model=cli_fakes.Failing", f"--model.at={hook}")
+        assert contents(folder / "runs/tiny") == before, hook
+    failing = ("--model=cli_fakes.Failing", "--model.at=on_train_start", "--trainer.max_epochs=3")
+    with pytest.raises(RuntimeError, match="failed at start"):
+        nrml(*FIT, "--ckpt_path=last", *failing)
+    assert contents(folder / "runs/tiny") == before
+    evaluate = ("test", "--config", "runs/tiny/config.yaml", "--ckpt_path=last")
+    assert nrml(*evaluate)[0] == 0
+    before = contents(folder / "runs/tiny")
+    with pytest.raises(RuntimeError, match="failed at start"):
+        nrml(*evaluate, "--model=cli_fakes.Failing", "--model.at=test_step")
+    assert contents(folder / "runs/tiny") == before
+
+
+def test_what_is_logged_before_the_first_batch_is_kept(nrml, folder):
+    """The files wait, the numbers do not get lost."""
+    code, _, err = nrml(*FIT, "--trainer.callbacks+=cli_fakes.EarlyLog")
+    assert code == 0, err
+    rows = list(csv.DictReader((folder / "runs/tiny/metrics.csv").open()))
+    assert [row["early"] for row in rows if row["early"]] == ["0.25"]
+    assert yaml.safe_load((folder / "runs/tiny/hparams.yaml").read_text())["early"] == 1
