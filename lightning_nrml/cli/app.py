@@ -30,15 +30,14 @@ from lightning_nrml.callbacks.summary import FitSummary
 from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
-from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
+from lightning_nrml.cli.recipes import config_arguments, expand_configs
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
     check_writable,
-    checkpoint_of_run,
-    config_beside,
     default_run_folder,
     resolve_checkpoint,
     saved_roots,
+    with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
 from lightning_nrml.cli.trainer import NRMLTrainer
@@ -69,7 +68,7 @@ class NRMLCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         load_classes()
         given = expand_configs(sys.argv[1:] if args is None else args)
-        self.arguments = _with_saved_config(_with_checkpoint_of_run(given))
+        self.arguments = with_run(given)
         self.run_folder = Path("runs")
         self._ckpt_path: str | None = None
         self._open: list[tuple[Namespace, str, Any]] = []
@@ -283,31 +282,6 @@ def load_classes() -> None:
             raise UserError(
                 f"The installed filter plug-in '{point.name}' ({point.value}) cannot be imported: {error}."
             ) from error
-
-
-def _with_checkpoint_of_run(args: list[str]) -> list[str]:
-    """``nrml audit --ckpt_path runs/x`` means the best checkpoint of that run."""
-    value = option(args, "--ckpt_path") if args and args[0] == "audit" else None
-    found = checkpoint_of_run(Path(value)) if value and Path(value).is_dir() else None
-    if found is None:
-        return args
-    return [
-        str(found)
-        if before == "--ckpt_path"
-        else f"--ckpt_path={found}"
-        if arg == f"--ckpt_path={value}"
-        else arg
-        for before, arg in zip(["", *args], args, strict=False)
-    ]
-
-
-def _with_saved_config(args: list[str]) -> list[str]:
-    """``nrml test --ckpt_path runs/x/checkpoints/best.ckpt`` alone uses ``runs/x/config.yaml``."""
-    if not args or config_arguments(args):
-        return args
-    value = option(args, "--ckpt_path")
-    config = config_beside(value) if value else None
-    return [args[0], "--config", str(config), *args[1:]] if config else args
 
 
 #: what Lightning 2.6 triggers in jsonargparse >= 4.49, and jsonargparse's introduction to these

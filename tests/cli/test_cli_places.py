@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 FIT = ("fit", "--config", "tiny.yaml")
@@ -91,3 +93,45 @@ def test_what_is_logged_before_the_first_batch_is_kept(nrml, folder):
     rows = list(csv.DictReader((folder / "runs/tiny/metrics.csv").open()))
     assert [row["early"] for row in rows if row["early"]] == ["0.25"]
     assert yaml.safe_load((folder / "runs/tiny/hparams.yaml").read_text())["early"] == 1
+
+
+def test_a_run_named_by_its_folder(nrml, folder):
+    """Also after it was moved: the outputs go where the run is now, and nowhere else."""
+    assert nrml(*FIT)[0] == 0
+    for old in (False, True):
+        home = folder / f"runs/moved{old:d}"
+        (folder / "runs/tiny").rename(home)
+        if old:
+            as_saved_before(home / "config.yaml", "runs/tiny")
+        code, out, err = nrml("test", "--ckpt_path", f"runs/{home.name}")
+        assert code == 0, err
+        assert "test/norm" in out
+        assert (home / "test/metrics.csv").is_file()
+        code, _, err = nrml("validate", f"--ckpt_path=runs/{home.name}/checkpoints/last.ckpt")
+        assert code == 0, err
+        assert (home / "validate/metrics.csv").is_file()
+        assert not (folder / "runs/tiny").exists()
+        home.rename(folder / "runs/tiny")
+    best = torch.load(folder / "runs/tiny/checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    code, out, err = nrml("test", "--config=tiny.yaml", "--ckpt_path=runs/tiny")
+    assert code == 0, err
+    shown = float(re.findall(r"test/norm\D+([\d.]+)", out)[0])
+    assert shown == pytest.approx(float(best["layer.weight"].square().mean()))
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict", "audit"])
+@pytest.mark.parametrize("config", [(), ("--config", "tiny.yaml")])
+def test_a_run_that_is_not_there(nrml, folder, verb, config):
+    (folder / "runs/empty/checkpoints").mkdir(parents=True)
+    told = {
+        "runs/nonesuch": "there is no run runs/nonesuch.",
+        "runs/nonesuch/checkpoints/best.ckpt": "best.ckpt does not exist"
+        if config
+        else "there is no file runs/",
+        "runs/empty": "runs/empty has no checkpoint yet",
+    }
+    for value, words in told.items():
+        code, _, err = nrml(verb, *config, "--ckpt_path", value)
+        assert code == 2
+        assert words in err
+        assert len(err.strip().splitlines()) == 1
