@@ -220,7 +220,8 @@ class NRMLCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None
-                logger.waiting = any(isinstance(c, RunConfig) for c in self.trainer.callbacks)
+                callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+                logger.waiting = any(isinstance(callback, RunConfig) for callback in callbacks)
 
 
 def check_checkpoint(ckpt_path: str) -> None:

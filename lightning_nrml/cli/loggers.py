@@ -73,7 +73,8 @@ class RunCSVLogger(CSVLogger):
     @property
     def experiment(self) -> Any:
         """The writer behind this logger; opened on first use, and none before :meth:`begin`."""
-        if self.waiting and rank_zero_only.rank == 0:  # Lightning asks early; opening moves earlier files
+        # Lightning asks early, and opening moves earlier files
+        if self.waiting and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             return None
         if self._opened:
             return super().experiment
