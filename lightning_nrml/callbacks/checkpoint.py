@@ -8,6 +8,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+#: callback -> how the names of its metrics start
+LOGGED_BY = {
+    "OnlineKNN": ("val/knn_",),
+    "OnlineLinearProbe": ("val/probe_",),
+    "MultiLabelEvaluator": ("val/map_", "val/f1_", "val/calibration"),
+    "RetrievalEvaluator": ("val/recall@", "val/map@r", "val/r_precision"),
+}
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` at the end of every ``every_n_epochs``-th training epoch.
@@ -81,7 +89,9 @@ class BestCheckpoint(ModelCheckpoint):
         """Say so if the run ends without a best checkpoint."""
         super().on_train_end(trainer, pl_module)
         if not self.best_model_path and not getattr(trainer, "fast_dev_run", False):
+            known = [name for name, start in LOGGED_BY.items() if str(self.monitor).startswith(start)]
+            mend = f"Add the {known[0]} callback" if known else "Log it from your module or a callback"
             rank_zero_info(
-                f"No best.ckpt was written: nothing logged '{self.monitor}'. Add the RetrievalEvaluator "
-                "callback, or set checkpoint_best.monitor to a metric that is logged."
+                f"No best.ckpt was written: nothing logged '{self.monitor}'. {mend}, or set "
+                "checkpoint_best.monitor to a metric that is logged."
             )

@@ -38,7 +38,7 @@ def card(trainer: Trainer, module: LightningModule) -> dict[str, str]:
     data: Any = getattr(trainer, "datamodule", None)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     rows = {
-        "method": f"{type(module).__name__}, {trainable / 1e6:.2f} M trainable parameters",
+        "method": f"{type(module).__name__}, {readable(trainable)} trainable parameters",
         "backbone": _backbone(module),
         "data": _data(data),
         "noise": _noise(data),
@@ -50,6 +50,13 @@ def card(trainer: Trainer, module: LightningModule) -> dict[str, str]:
         "resume": _resume(trainer),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def readable(number: int) -> str:
+    """``3000 -> "3 k"``, from 100,000 on in millions."""
+    if number < 1_000:
+        return str(number)
+    return f"{number / 1e3:.3g} k" if number < 100_000 else f"{number / 1e6:.2f} M"
 
 
 def _backbone(module: LightningModule) -> str:

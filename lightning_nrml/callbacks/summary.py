@@ -6,6 +6,7 @@ import json
 import shlex
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -53,7 +54,8 @@ class FitSummary(Callback):
             return
         console = Console(soft_wrap=True)
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        best = _best_epoch(trainer)
+        values.update(_epoch(trainer, "last"))
+        best = _epoch(trainer, "best")
         rows = {**MULTILABEL_ROWS, **ROWS}
         if values.keys() & rows.keys():
             table = Table(title="Result", title_justify="left")
@@ -98,7 +100,8 @@ class FitSummary(Callback):
         )
         if best is not None:
             score = float(best.best_model_score)  # type: ignore[attr-defined]
-            lines.append(f"best checkpoint  {best.best_model_path} ({best.monitor} {score:.4f})")  # type: ignore[attr-defined]
+            where = _near(best.best_model_path, folder)  # type: ignore[attr-defined]
+            lines.append(f"best checkpoint  {where} ({best.monitor} {score:.4f})")  # type: ignore[attr-defined]
         lines.append(f"run folder       {folder}")
         if config.is_file():
             shown = f"--config {shlex.quote(str(config))}"
@@ -113,9 +116,18 @@ def _last(trainer: Trainer) -> list[LastCheckpoint]:
     return [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
 
 
-def _best_epoch(trainer: Trainer) -> dict[str, float]:
-    """Metrics of the best epoch under their logged names, and its number; empty without them."""
+def _epoch(trainer: Trainer, which: Literal["last", "best"]) -> dict[str, float]:
+    """Metrics of that evaluated epoch under their logged names, and its number; empty without them.
+
+    Lightning keeps logged numbers as float32; the evaluator has them as they were computed, and the counts.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SplitEvaluator) and callback.best:
-            return {k if k == "epoch" else f"val/{k}": v for k, v in callback.best.items()}
+        if isinstance(callback, SplitEvaluator) and getattr(callback, which):
+            return {k if k == "epoch" else f"val/{k}": v for k, v in getattr(callback, which).items()}
     return {}
+
+
+def _near(path: str, folder: Path) -> str:
+    """``path`` below ``folder`` as the user wrote ``folder``; other paths as they are."""
+    home, absolute = folder.resolve(), Path(path).resolve()
+    return str(folder / absolute.relative_to(home)) if absolute.is_relative_to(home) else path

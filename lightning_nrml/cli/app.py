@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -30,14 +30,14 @@ from lightning_nrml.callbacks.summary import FitSummary
 from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
-from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
+from lightning_nrml.cli.recipes import config_arguments, expand_configs
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
     check_writable,
-    checkpoint_of_run,
-    config_beside,
     default_run_folder,
     resolve_checkpoint,
+    saved_roots,
+    with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
 from lightning_nrml.cli.trainer import NRMLTrainer
@@ -68,10 +68,11 @@ class NRMLCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         load_classes()
         given = expand_configs(sys.argv[1:] if args is None else args)
-        self.arguments = _with_saved_config(_with_checkpoint_of_run(given))
+        self.arguments = with_run(given)
         self.run_folder = Path("runs")
         self._ckpt_path: str | None = None
-        self._borrowed_ids: list[Namespace] = []
+        self._open: list[tuple[Namespace, str, Any]] = []
+        self._roots: list[Path] = []
         parser_kwargs: dict[str, Any] = {
             "parser_mode": "omegaconf",
             "exit_on_error": False,
@@ -117,8 +118,10 @@ class NRMLCLI(LightningCLI):
         configs = [value for _, value in config_arguments(args)]
         self.run_folder = Path(given) if given else default_run_folder(configs, model, data)
         trainer.default_root_dir = str(self.run_folder)
+        self._roots = [self.run_folder, *saved_roots(configs)]
         for key in ("checkpoint_last", "checkpoint_best"):
-            config[key].dirpath = config[key].dirpath or str(self.run_folder / CHECKPOINTS)
+            old = [root / CHECKPOINTS for root in self._roots]
+            self._follow(config[key], "dirpath", str(self.run_folder / CHECKPOINTS), old)
         command = self.config.get("subcommand", "fit")
         self._ckpt_path = resolve_checkpoint(command, config.get("ckpt_path"), self.run_folder)
         if self._ckpt_path is not None:
@@ -145,14 +148,31 @@ class NRMLCLI(LightningCLI):
                 continue
             init = entry.init_args
             name = str(entry.class_path).rsplit(".", 1)[-1]
-            if name == RunCSVLogger.__name__ and init.get("save_dir") in (None, str(self.run_folder)):
-                init.save_dir = str(self.output_folder)
+            if name == RunCSVLogger.__name__:
+                old = [root / verb for root in self._roots for verb in ("", *self.subcommands())]
+                self._follow(init, "save_dir", str(self.output_folder), old)
             if name == WandbLogger.__name__:
-                init.save_dir = str(self.run_folder) if init.get("save_dir") in (None, ".") else init.save_dir
-                init.name = init.get("name") or self.run_folder.name
-                if command == "fit" and self._ckpt_path and not init.get("id"):
-                    init.id = saved_wandb_id(self._ckpt_path)
-                    self._borrowed_ids.append(init)
+                self._follow(init, "save_dir", str(self.run_folder), self._roots, unset=".")
+                self._follow(init, "name", self.run_folder.name, [root.name for root in self._roots])
+                if command == "fit" and self._ckpt_path:
+                    self._follow(init, "id", saved_wandb_id(self._ckpt_path))
+
+    def _follow(
+        self,
+        section: Namespace,
+        key: str,
+        value: str | None,
+        old: Iterable[Path | str] = (),
+        unset: Any = None,
+    ) -> None:
+        """Let ``section.key`` follow from the run folder or checkpoint, unless the user gave it.
+
+        The saved config leaves it open: whoever runs that in another folder must not write here. Configs
+        that were saved with such values hold one of ``old``, which nobody gave.
+        """
+        if section.get(key) in (None, unset, *map(str, old)):
+            self._open.append((section, key, unset))
+            section[key] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our callbacks; leave out what the trainer's own switches forbid."""
@@ -179,12 +199,12 @@ class NRMLCLI(LightningCLI):
     def _record_links(self) -> None:
         """Write what the data told the model into the config, so that the saved one is what ran.
 
-        Checkpoint and W&B id of a resumed run are taken out again: the saved config serves to start anew.
+        Checkpoint, W&B id and places are taken out again: the saved config serves to start anew, anywhere.
         """
         if "ckpt_path" in self._section():
             self._section().ckpt_path = None
-        for logger in self._borrowed_ids:
-            logger.id = None
+        for section, key, unset in self._open:
+            section[key] = unset
         init = self._section().get("model.init_args") or {}
         for name in LINKED:
             if name in init and getattr(self.datamodule, name, None) is not None:
@@ -196,10 +216,12 @@ class NRMLCLI(LightningCLI):
             self._section().ckpt_path = self._ckpt_path
 
     def after_instantiate_classes(self) -> None:
-        """A resumed run continues its metrics file."""
+        """A resumed run continues its metrics file; any run lets :class:`RunConfig` say when it begins."""
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None
+                callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+                logger.waiting = any(isinstance(callback, RunConfig) for callback in callbacks)
 
 
 def check_checkpoint(ckpt_path: str) -> None:
@@ -261,31 +283,6 @@ def load_classes() -> None:
             raise UserError(
                 f"The installed filter plug-in '{point.name}' ({point.value}) cannot be imported: {error}."
             ) from error
-
-
-def _with_checkpoint_of_run(args: list[str]) -> list[str]:
-    """``nrml audit --ckpt_path runs/x`` means the best checkpoint of that run."""
-    value = option(args, "--ckpt_path") if args and args[0] == "audit" else None
-    found = checkpoint_of_run(Path(value)) if value and Path(value).is_dir() else None
-    if found is None:
-        return args
-    return [
-        str(found)
-        if before == "--ckpt_path"
-        else f"--ckpt_path={found}"
-        if arg == f"--ckpt_path={value}"
-        else arg
-        for before, arg in zip(["", *args], args, strict=False)
-    ]
-
-
-def _with_saved_config(args: list[str]) -> list[str]:
-    """``nrml test --ckpt_path runs/x/checkpoints/best.ckpt`` alone uses ``runs/x/config.yaml``."""
-    if not args or config_arguments(args):
-        return args
-    value = option(args, "--ckpt_path")
-    config = config_beside(value) if value else None
-    return [args[0], "--config", str(config), *args[1:]] if config else args
 
 
 #: what Lightning 2.6 triggers in jsonargparse >= 4.49, and jsonargparse's introduction to these

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,17 @@ def check_class(where: str, class_path: str) -> tuple[ClassInfo | None, str | No
     if info is not None:
         return info, None
     module, _, name = class_path.rpartition(".")
-    kind = {"data": "datamodule", "callbacks": "callback"}.get(room or "", room or "class")
-    accepted = set(class_files(room))
     if module and (file := find_module(module)) is not None:
         text = file.read_text(encoding="utf-8")
         if re.search(rf"\b{re.escape(name)}\b", text):
             return None, None  # a factory function, or a class made at import: the source alone cannot tell
-        accepted = {f"{module}.{c}" for c in re.findall(r"^class (\w+)", text, flags=re.MULTILINE)}
-    return None, f"{where}: there is no {kind} '{class_path}'; {nearest(class_path, accepted)}"
+        classes = re.findall(r"^class (\w+)", text, flags=re.MULTILINE)
+        hint = nearest(name, classes)
+        if classes and not hint.startswith("accepted"):
+            hint = f"it has {', '.join(sorted(classes))}; {hint}"
+        return None, f"{where}: module '{module}' has no class '{name}'; {hint}"
+    kind = {"data": "datamodule", "callbacks": "callback"}.get(room or "", room or "class")
+    return None, f"{where}: there is no {kind} '{class_path}'; {nearest(class_path, class_files(room))}"
 
 
 def _check_value(where: str, value: Any, annotated: Sequence[ClassInfo] = ()) -> Iterator[str]:
@@ -164,42 +168,80 @@ def _check_arguments(where: str, values: dict[str, Any], info: ClassInfo | None)
         annotated: tuple[ClassInfo, ...] = ()
         if info is not None:
             if key not in info.params and not info.open:
-                yield f"{where}.{key}: {info.name} has no argument '{key}'; {nearest(key, info.params)}"
+                yield _unknown(f"{where}.{key}", key, info)
                 continue
             annotated = info.params.get(key, ())
         yield from _check_value(f"{where}.{key}", value, annotated)
 
 
+def _unknown(where: str, key: str, info: ClassInfo) -> str:
+    handed = " (options that it passes on go under 'kwargs')" if "kwargs" in info.params else ""
+    return f"{where}: {info.name} has no argument '{key}'{handed}; {nearest(key, info.params)}"
+
+
 def check_override(key: str, value: str | None, tree: dict[str, Any]) -> str | None:
-    """The problem with ``--key value`` on top of the config ``tree``, if the key or class is unknown."""
-    append = key.endswith("+")
+    """The problem with ``--key value`` on top of the config ``tree``, if a key or class is unknown."""
     parts = key.rstrip("+").split(".")
+    if parts == ["images"]:
+        return "--images belongs to --ledger; with --ckpt_path the audit takes the images from the data."
     if parts[0] not in top_level_keys() | {"config", "print_config", "help"}:
         return f"--{key}: '{parts[0]}' is no config section; {nearest(parts[0], top_level_keys())}"
+    found = _walk(f"--{key}", *_owner(parts, tree))
+    if isinstance(found, str):
+        return found
+    if value and _names_class(parts, value):
+        return check_class(".".join(parts).removesuffix(".class_path"), value)[1]
+    content = option_value(value)
+    if not isinstance(content, dict | list):
+        return None
+    problem = next(_check_value(".".join(parts), content, (found,) if found else ()), None)
+    return f"--{problem}" if problem else None
+
+
+def _names_class(parts: list[str], value: str) -> bool:
+    """Whether an option's text is a class name, short or dotted, that can be looked up."""
+    places = (["model"], ["data"], ["trainer", "callbacks"], ["trainer", "logger"])
+    named = parts in places or (parts[-1] == "class_path" and parts[0] in ("model", "data", "trainer"))
+    return named and (value[0].isupper() or "." in value) and value.replace(".", "").isidentifier()
+
+
+def option_value(value: str | None) -> Any:
+    """What an option's text means: a mapping or list in YAML, else the text itself."""
+    if value and value[0] in "{[":
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    return value
+
+
+def _owner(parts: list[str], tree: dict[str, Any]) -> tuple[list[str], ClassInfo | None]:
+    """The names within a class that an option's key leads to, and the class."""
+    section = tree.get(parts[0])
     if parts[0] in ("model", "data"):
-        if len(parts) == 1 or parts[1:] == ["class_path"]:
-            return check_class(parts[0], value)[1] if value and value[:1].isupper() else None
-        section = tree.get(parts[0])
-        class_path = section.get("class_path") if isinstance(section, dict) else section
-        names = [p for p in parts[1:] if p != "init_args"]
-        if class_path is None or names[0] in ("help", "dict_kwargs"):
-            return None
-        return _check_names(f"--{key}", names, find_class(str(class_path), parts[0]))
-    named = (parts == ["trainer", "callbacks"] and append) or parts == ["trainer", "logger"]
-    if named and value and value[:1].isupper():
-        return check_class(".".join(parts), value)[1]
+        names = [p for p in parts[1:] if p not in ("init_args", "class_path")]
+        return (
+            ([], None) if names[:1] in (["help"], ["dict_kwargs"]) else (names, _class_of(section, parts[0]))
+        )
+    if parts[:2] == ["trainer", "callbacks"] and len(parts) > 2:
+        callbacks = section.get("callbacks") if isinstance(section, dict) else None
+        last = callbacks[-1] if isinstance(callbacks, list) and callbacks else callbacks
+        names = [p for p in parts[2:] if p not in ("init_args", "class_path")]
+        return (names, _class_of(last, "callbacks")) if names else ([], None)
     owner = {"trainer": TRAINER, **OWN_SECTIONS}.get(parts[0])
-    if owner is not None and len(parts) > 1:
-        return _check_names(f"--{key}", parts[1:2], find_class(owner))
-    return None
+    return (parts[1:2], find_class(owner)) if owner else ([], None)
 
 
-def _check_names(where: str, names: Sequence[str], info: ClassInfo | None) -> str | None:
+def _class_of(entry: Any, room: str) -> ClassInfo | None:
+    class_path = entry.get("class_path") if isinstance(entry, dict) else entry
+    return find_class(class_path, room) if isinstance(class_path, str) else None
+
+
+def _walk(where: str, names: Sequence[str], info: ClassInfo | None) -> str | ClassInfo | None:
+    """The settings class that ``names`` lead to, or the problem with one of them."""
     for name in names:
         if info is None or (info.open and name not in info.params):
             return None
         if name not in info.params:
-            return f"{where}: {info.name} has no argument '{name}'; {nearest(name, info.params)}"
+            return _unknown(where, name, info)
         nested = info.params[name]
         info = nested[0] if len(nested) == 1 else None
-    return None
+    return info

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_nrml.cli.check import check_config, check_override, load_yaml
+from lightning_nrml.cli.check import check_config, check_override, load_yaml, option_value
 from lightning_nrml.cli.errors import UserError, nearest
 from lightning_nrml.cli.foreign import foreign_sentence
 from lightning_nrml.cli.recipes import config_arguments
@@ -92,12 +92,23 @@ def _mistyped(args: Sequence[str]) -> str | None:
             return problems[0]
         tree = {**tree, **load_yaml(path)}
     for key, given in _overrides(args):
-        if key in ("model", "data") and given:
-            tree[key] = {"class_path": given}
+        _lay_over(tree, key, given)
         wrong = check_override(key, given, tree)
         if wrong:
             return wrong
     return None
+
+
+def _lay_over(tree: dict[str, Any], key: str, given: str | None) -> None:
+    """Put an option that names classes into the config: later options speak of these."""
+    value = option_value(given)
+    if key in ("model", "data") and given:
+        tree[key] = value if isinstance(value, dict) else {"class_path": given}
+    elif key.rstrip("+") == "trainer.callbacks":
+        trainer = tree.get("trainer") or {}
+        before = trainer.get("callbacks") or [] if key.endswith("+") else []
+        entries = value if isinstance(value, list) else [value]
+        tree["trainer"] = {**trainer, "callbacks": [*before, *entries]}
 
 
 def _overrides(args: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -126,7 +137,8 @@ def _parser_message(message: str, args: Sequence[str]) -> str:
             return f"{where} needs {missing}: set it under init_args."
         return f"'{args[0]}' still needs {missing}: give --config NAME (see 'nrml recipes ls') or set it."
     if match := re.search(r"Option '(?:init_args\.)?(.+?)' is not accepted", message):
-        return f"{where}: there is no argument '{match[1]}'; see 'nrml {args[0]} --help'."
+        told = f"there is no argument '{match[1]}', or it takes another type"
+        return f"{where}: {told}; see 'nrml {args[0]} --help'."
     inner = message.rsplit(f'Parser key "{keys[-1]}"', 1)[-1] if keys else message
     if match := re.search(r"Expected a dot import path string: (\S+)", inner):
         return f"{where}: there is no class '{match[1]}'; give a class name of this package or a.dotted.path."
@@ -137,6 +149,10 @@ def _wrong_value(where: str, message: str) -> str | None:
     """What a key accepts and what it was given, from the parser's part about that key."""
     given = re.findall(r"(?:Given value|Got value): (.*)", message)
     value = given[0].strip("'\"") if given else ""
+    if nested := re.search(r"NestedArg\(key='(.+?)', val=(.+?)\)$", value):  # the parser's own words
+        name, _, owner = where.partition(" ")
+        value, where = nested[2].strip("'\""), f"{name}.{nested[1]} {owner}".rstrip()
+        return f"{where} cannot be set to '{value}'; within a list, an option goes to the last entry."
     choices = [c for text in re.findall(r"Literal(\[.*?\])", message) for c in ast.literal_eval(text)]
     if choices:
         return f"{where} cannot be '{value}'; {nearest(value, map(str, choices), limit=20)}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ class RunCSVLogger(CSVLogger):
     """Writes ``metrics.csv`` and ``hparams.yaml`` straight into the run folder.
 
     A resumed run continues the file; a new run in the same folder moves the old one to
-    ``metrics-1.csv``, ``metrics-2.csv``, ... (Lightning's own logger deletes it in both cases).
+    ``metrics-1.csv``, ``metrics-2.csv``, ... (Lightning's own logger deletes it in both cases). While
+    ``waiting`` is set, nothing is touched until :meth:`begin`: the run may yet fail at its start.
 
     Args:
         save_dir: folder; default: the run folder (``trainer.default_root_dir``), or its ``test``,
@@ -28,7 +31,39 @@ class RunCSVLogger(CSVLogger):
             save_dir or "runs", name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps
         )
         self.resume = False
+        self.waiting = False
+        self._early: list[Callable[[], None]] = []
         self._opened = False
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Write what was logged so far, and from now on at once."""
+        self.waiting = False
+        early, self._early = self._early, []
+        for log in early:
+            log()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Write ``hparams.yaml``."""
+        self._log(partial(super().log_hyperparams, params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write one row, with the next rows."""
+        self._log(partial(super().log_metrics, dict(metrics), step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that wait in memory."""
+        if not self.waiting:
+            super().save()
+
+    def _log(self, log: Callable[[], None]) -> None:
+        if self.waiting:
+            self._early.append(log)
+        else:
+            log()
 
     @property
     def log_dir(self) -> str:
@@ -37,7 +72,10 @@ class RunCSVLogger(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        """The writer behind this logger; opened on first use."""
+        """The writer behind this logger; opened on first use, and none before :meth:`begin`."""
+        # Lightning asks early, and opening moves earlier files
+        if self.waiting and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            return None
         if self._opened:
             return super().experiment
         self._opened = True

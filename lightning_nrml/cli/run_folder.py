@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lightning_nrml.cli.check import load_yaml
 from lightning_nrml.cli.errors import UserError
+from lightning_nrml.cli.recipes import config_arguments, option
 
 CHECKPOINTS = "checkpoints"
+NAMED_CHECKPOINTS = ("best", "last", "init")
 NEEDS_CHECKPOINT = ("validate", "test", "predict", "audit")
 
 
@@ -19,6 +22,14 @@ def default_run_folder(configs: list[str], model: str, data: str) -> Path:
         return Path("runs") / (last.parent.name if last.stem == "config" else last.stem)
     short = [name.rsplit(".", 1)[-1].lower() for name in (model, data) if name]
     return Path("runs") / "_".join(short)
+
+
+def saved_roots(configs: list[str]) -> list[Path]:
+    """The ``trainer.default_root_dir`` that each of the config files names, where it does."""
+    trees = [load_yaml(Path(config)) for config in configs if Path(config).is_file()]
+    sections = [tree.get("trainer") for tree in trees]
+    roots = [section.get("default_root_dir") for section in sections if isinstance(section, dict)]
+    return [Path(root) for root in roots if root]
 
 
 def resolve_checkpoint(command: str, ckpt_path: str | None, run_folder: Path) -> str | None:
@@ -79,13 +90,43 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"the run folder {folder} cannot be written: {there} is read-only for you; {mend}")
 
 
-def config_beside(ckpt_path: str) -> Path | None:
-    """``<run>/config.yaml`` of a checkpoint ``<run>/checkpoints/x.ckpt``, if it is there."""
-    config = Path(ckpt_path).parent.parent / "config.yaml"
-    return config if Path(ckpt_path).is_file() and config.is_file() else None
+def with_run(args: list[str]) -> list[str]:
+    """Complete a command that names a run by ``--ckpt_path`` alone.
+
+    The folder of a run means its best checkpoint, for evaluation. Without ``--config``, the ``config.yaml``
+    of the run is used, and the run folder is the one that it was found in: it may have been moved.
+
+    Raises:
+        UserError: there is no such run or file, or it has no checkpoint.
+    """
+    value = option(args, "--ckpt_path")
+    if value is None or value in NAMED_CHECKPOINTS or "://" in value:
+        return args
+    path, has_config = Path(value), bool(config_arguments(args))
+    is_file = path.suffix == ".ckpt"
+    if not path.exists() and not (has_config and is_file):  # that is told with what the run folder has
+        raise UserError(f"--ckpt_path finds nothing: there is no {'file' if is_file else 'run'} {path}.")
+    if path.is_dir() and args[0] in NEEDS_CHECKPOINT:
+        path = checkpoint_of_run(path)
+        args = [*args, f"--ckpt_path={path}"]
+    config = path.parent.parent / "config.yaml"
+    if has_config or not (path.is_file() and config.is_file()):
+        return args
+    found = ["--config", str(config), "--trainer.default_root_dir", str(config.parent)]
+    return [args[0], *found, *args[1:]]
 
 
-def checkpoint_of_run(folder: Path) -> Path | None:
-    """``best.ckpt``, else ``last.ckpt`` of the run in ``folder``."""
+def checkpoint_of_run(folder: Path) -> Path:
+    """``best.ckpt``, else ``last.ckpt`` of the run in ``folder``.
+
+    Raises:
+        UserError: it has neither.
+    """
     found = (folder / CHECKPOINTS / name for name in ("best.ckpt", "last.ckpt"))
-    return next((path for path in found if path.is_file()), None)
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{folder} has no checkpoint yet: there is neither best.ckpt nor last.ckpt in "
+            f"{folder / CHECKPOINTS}; train with 'nrml fit', or name a checkpoint file."
+        )
+    return path

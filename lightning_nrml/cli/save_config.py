@@ -10,11 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lightning_nrml.cli.loggers import RunCSVLogger
 from lightning_nrml.files import write_text
 
 
 class RunConfig(SaveConfigCallback):
     """Writes ``<run folder>/config.yaml`` and logs the same content as hyperparameters.
+
+    The run folder stays as it is until one batch has gone through: a run that fails at its start must not
+    take the place of an earlier one.
 
     Nested keys keep their dots (``model.init_args.embedding_dim``), so dashboards can filter by them.
     The id of a W&B run is kept in the checkpoint: a resumed run continues the same curve.
@@ -25,18 +29,30 @@ class RunConfig(SaveConfigCallback):
         self.folder = Path(folder)
         self.verb = verb
         self.wandb_id: str | None = None
+        self._text: str | None = None
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Rank 0 only; called once, before any other setup."""
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        path = self.folder / self.config_filename
-        write_text(path, f"# written by 'nrml {self.verb}'; run again with --config {path}\n{text}")
-        config = yaml.safe_load(text)
+        self._text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        config = yaml.safe_load(self._text)
         for logger in trainer.loggers:
             # the CSV logger writes one YAML file: nested is readable there, flat is searchable elsewhere
             logger.log_hyperparams(config if isinstance(logger, CSVLogger) else flatten(config))
             if isinstance(logger, WandbLogger):
                 self.wandb_id = logger.version
+
+    def _begin(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Write, once; only rank 0 has a text."""
+        if self._text is None or trainer.sanity_checking:
+            return
+        path = self.folder / self.config_filename
+        write_text(path, f"# written by 'nrml {self.verb}'; run again with --config {path}\n{self._text}")
+        self._text = None
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.begin()
+
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _begin
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run id, for the checkpoint."""

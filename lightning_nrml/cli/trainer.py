@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_nrml.audit import AuditOptions
 from lightning_nrml.callbacks.noise_report import audit_data, summary_lines, write_audit
 from lightning_nrml.callbacks.predictions import PredictionCollector
+from lightning_nrml.cli.errors import UserError
 
 
 class NRMLTrainer(Trainer):
@@ -47,7 +50,16 @@ class NRMLTrainer(Trainer):
             confident: ``relabel`` takes suggestions of at least this probability, and drops the rest.
             gallery: suspicious samples with images in the report.
             review: CSV that was saved from a report; its marks win over the rule.
+
+        Raises:
+            UserError: the module has no ``predict_step`` to embed with.
         """
+        if not is_overridden("predict_step", model):
+            raise UserError(
+                f"{type(model).__name__} has no predict_step, which the audit embeds with: let it return "
+                "{'embedding': (B, D), 'index': batch['index']}; or audit the ledger that a noise filter "
+                f"left, without the module: nrml audit --ledger {shlex.quote(str(self.default_root_dir))}"
+            )
         options = AuditOptions(evidence, k, rule, below, confident, gallery, review=review)
         audit_data(datamodule)
         datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
     """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
 
     Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
-    torch files. A name is taken as it is, or with ``backbone.`` put before it. Names of other parts
-    (projectors, teachers, filters, memories) are left out only for Lightning checkpoints.
+    torch files; of these only tensors and plain values, so that no file can run code. A name is taken as
+    it is, or with ``backbone.`` put before it. Names of other parts (projectors, teachers, filters,
+    memories) are left out only for Lightning checkpoints.
 
     The backbone is loaded whole: a file for another depth, which shares some names with the model, is
     refused and nothing is changed.
@@ -36,7 +37,7 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
     Raises:
         FileNotFoundError: no such file.
         ValueError: a name or shape does not fit, or the file lacks a part of the backbone; lists the
-            first ones.
+            first ones. Or the file is damaged, or holds more than tensors.
     """
     state, lenient = _read_state(Path(path), argument)
     target = module.state_dict()
@@ -135,9 +136,8 @@ def backbone_state(path: str | Path, argument: str) -> dict[str, Tensor]:
 def _match(
     name: str, value: Tensor, target: Tensor, full: str, found: dict[str, Tensor], wrong: list[str]
 ) -> None:
-    if target.shape == value.shape:
-        found[full] = value
-    else:
+    found[full] = value
+    if target.shape != value.shape:
         wrong.append(f"{name} ({tuple(value.shape)} in the file, {tuple(target.shape)} in the model)")
 
 
@@ -161,8 +161,15 @@ def _read_state(path: Path, argument: str) -> tuple[dict[str, Tensor], bool]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as data:
                 return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
-        loaded = torch.load(path, map_location="cpu", weights_only=False)
+        whole = is_zipfile(path)  # older torch files are not, and cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except (ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, BadZipFile) as error:
+        # torch refuses what it could only read by running code that the file brings
+        if isinstance(error, pickle.UnpicklingError) and (whole or "GLOBAL" in str(error)):
+            raise ValueError(
+                f"{argument} '{path}' holds more than tensors, which is not read because it could run code: "
+                "save the state_dict() of the net from the code that wrote it, and give that file."
+            ) from error
         kind = "npz" if path.suffix == ".npz" else "torch file"
         raise ValueError(
             f"{argument} '{path}' is no readable {kind}: it is damaged, incomplete or of another kind."

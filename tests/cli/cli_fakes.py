@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,6 +37,17 @@ class TinyModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), self.rule.lr)
+
+
+class Failing(TinyModule):
+    """Raises in the hook ``at``."""
+
+    def __init__(self, at: str, num_classes: int):
+        super().__init__(num_classes)
+        setattr(self, at, self._fail)
+
+    def _fail(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("failed at start")
 
 
 class NoClasses(TinyModule):
@@ -71,6 +82,15 @@ class TinyData(LightningDataModule):
 class TinyCallback(Callback):
     def __init__(self, rate: float = 0.5):
         self.rate = rate
+
+
+class EarlyLog(Callback):
+    """Logs before the first batch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.logger.log_hyperparams({"early": 1})
+        trainer.logger.log_metrics({"early": 0.25}, 0)
+        trainer.logger.save()
 
 
 class Broken(LightningDataModule):

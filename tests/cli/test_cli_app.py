@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_nrml.callbacks.run_card import readable
 from lightning_nrml.cli import NRMLCLI
 from lightning_nrml.cli.app import without_known_deprecations
 from lightning_nrml.losses import MarginLoss
@@ -58,7 +60,7 @@ def test_fit_layout_card_summary_resume_and_test(nrml, folder):
     }
     # the card
     for text in (
-        "TinyModule, 0.00 M",
+        "TinyModule, 35 trainable parameters",
         "16 training samples, 7 classes",
         "symmetric, rate 0.5, seed 3; realised 25.0% wrong labels",
         "8 global",
@@ -68,6 +70,7 @@ def test_fit_layout_card_summary_resume_and_test(nrml, folder):
         assert text in out
     # the summary
     assert "Recall@1 (val/recall@1)" in out
+    assert "best checkpoint  runs/tiny/checkpoints/best.ckpt (val/recall@1" in out
     assert "nrml test --config runs/tiny/config.yaml --ckpt_path best" in out
     # the resolved config, in the folder and in the logger, with what the links gave
     assert (run / "config.yaml").read_text().startswith("# written by 'nrml fit';")
@@ -112,11 +115,18 @@ def test_last_is_not_best(nrml, folder):
     assert load["last"]["global_step"] == 4
 
 
-def test_metric_that_nobody_logs(nrml, folder, caplog):
+@pytest.mark.parametrize(
+    ("monitor", "mend"),
+    [
+        ("val/nothing", "Log it from your module or a callback, or set checkpoint_best.monitor"),
+        ("val/knn_top1", "Add the OnlineKNN callback, or set"),
+    ],
+)
+def test_metric_that_nobody_logs(nrml, folder, caplog, monitor, mend):
     """No crash and no misleading best checkpoint, but a word about it."""
     with caplog.at_level("INFO"):
-        assert nrml(*FIT, "--checkpoint_best.monitor=val/nothing")[0] == 0
-    assert "nothing logged 'val/nothing'" in caplog.text
+        assert nrml(*FIT, f"--checkpoint_best.monitor={monitor}")[0] == 0
+    assert f"nothing logged '{monitor}'. {mend}" in caplog.text
     assert not (folder / "runs/tiny/checkpoints/best.ckpt").exists()
     assert (folder / "runs/tiny/checkpoints/last.ckpt").exists()
 
@@ -176,6 +186,14 @@ def test_override_order(folder):
     assert [c.rate for c in cli.trainer.callbacks if type(c).__name__ == "TinyCallback"] == [0.25]
     assert cli.trainer.default_root_dir.endswith("here")
     assert cli.trainer.checkpoint_callbacks[0].dirpath.endswith("here/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(35, "35"), (3_000, "3 k"), (87_650, "87.7 k"), (99_990, "100 k"), (134_000, "0.13 M")],
+)
+def test_readable_count_of_parameters(number, text):
+    assert readable(number) == text
 
 
 def test_checkpointing_can_be_switched_off(folder):
@@ -247,6 +265,13 @@ def test_shipped_quickstart_end_to_end(nrml, folder):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["num_classes"] == 10
     assert config["model"]["init_args"]["in_channels"] == 1
+    results = json.loads((run / "results.json").read_text())
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["RetrievalEvaluator"]
+    for which in ("last", "best"):  # as computed, not rounded to float32
+        assert {f"val/{k}": v for k, v in state[which].items() if k != "epoch"}.items() <= results[
+            which
+        ].items()
+        assert results[which]["val/num_queries"] > 0
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/keep_rate"} <= set(header)
     code, _, err = nrml("test", "--config", "runs/quickstart/config.yaml", "--ckpt_path", "last")

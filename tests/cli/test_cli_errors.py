@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import ArgumentError
 
 from lightning_nrml.__main__ import main
 from lightning_nrml.cli.errors import nearest
+from lightning_nrml.cli.explain import explain
 
 EDITS = {
     "model key": (
@@ -18,7 +20,11 @@ EDITS = {
     "trainer key": ("max_epochs", "max_epoch", "trainer.max_epoch: Trainer has no argument 'max_epoch'; did"),
     "section": ("trainer:", "trainr:", "'trainr' is no config section; did you mean 'trainer'?"),
     "own class": ("cli_fakes.TinyModule", "MetricLearnin", "'MetricLearnin'; did you mean 'MetricLearning'?"),
-    "user's class": ("fakes.TinyData", "fakes.TinyDat", "did you mean 'cli_fakes.TinyData'?"),
+    "user's class": (
+        "fakes.TinyData",
+        "fakes.TinyDat",
+        "data: module 'cli_fakes' has no class 'TinyDat'; it has Broken, ",
+    ),
     "wrong type": ("dim: 4", "dim: four", "model.embedding_dim (TinyModule) must be int, got 'four'."),
     "logger key": ("flush_logs_every", "flush_log_every", "did you mean 'flush_logs_every_n_steps'?"),
     "init_args": ("init_args: {batch", "init_arg: {batch", "data.init_arg: beside class_path only init_args"),
@@ -48,6 +54,12 @@ OPTIONS = {
     "--modl.embedding_dim=3": "'modl' is no config section; did you mean 'model'?",
     "--trainer.callbacks+=PRISN": "there is no callback 'PRISN'; did you mean 'PRISM'?",
     "--checkpoint_best.mode=most": "checkpoint_best.mode cannot be 'most'; accepted: max, min.",
+    "--model.rule={lr: 1, kwarg: 2}": "--model.rule.kwarg: Rule has no argument 'kwarg'; accepted: lr.",
+    "--model.class_path=cli_fakes.TinyModul": "did you mean 'TinyModule'?",
+    "--trainer.callbacks=[{class_path: PRISM, init_args: {filter: {class_path: cli_fakes.N}}}]": (
+        "--trainer.callbacks.0.init_args.filter: module 'cli_fakes' has no class 'N'; accepted: Broken, "
+    ),
+    "--trainer.callbacks+=cli_fakes.Nope": "module 'cli_fakes' has no class 'Nope'",
     "--config=quickstrat": "No config file or recipe is called 'quickstrat': did you mean 'quickstart'?",
 }
 
@@ -58,6 +70,47 @@ def test_typo_in_option(nrml, option):
     assert code == 2
     assert OPTIONS[option] in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_option_of_the_last_callback(nrml):
+    """Named with its class; what only the parser can tell is told without its internals."""
+    callbacks = ("--trainer.callbacks+=PRISM", "--trainer.callbacks+=cli_fakes.TinyCallback")
+    fit = ("fit", "--config", "tiny.yaml", *callbacks)
+    code, _, err = nrml(*fit, "--trainer.callbacks.filter.class_path=PRISM")
+    assert code == 2
+    assert "callbacks.filter.class_path: TinyCallback has no argument 'filter'; accepted: rate." in err
+    code, _, err = nrml(*fit, "--trainer.callbacks.rate=[fast]")
+    assert code == 2
+    assert "there is no argument 'rate', or it takes another type" in err
+    parsers = ArgumentError(
+        None,
+        'Parser key "trainer.callbacks":\n  Not a valid subclass of Callback. '
+        "Got value: NestedArg(key='filter.class_path', val='some.Filter')",
+    )
+    text = explain(parsers, ["fit"])
+    assert text.startswith(
+        "trainer.callbacks.filter.class_path cannot be set to 'some.Filter'; within a list"
+    )
+
+
+def test_unknown_option_of_the_optimiser(nrml):
+    """Says where the optimiser's own options go."""
+    optimizer = "--model.optimizer={name: adamw, bettas: [0.9, 0.99]}"
+    code, _, err = nrml("fit", "--config", "tiny.yaml", "--model=MetricLearning", optimizer)
+    assert code == 2
+    assert "no argument 'bettas' (options that it passes on go under 'kwargs'); accepted: decay_all" in err
+
+
+def test_audit_tells_what_it_needs(nrml, folder):
+    """Of the module; and which audit takes ``--images``."""
+    code, _, err = nrml("audit", "--config", "tiny.yaml", "--ckpt_path", "init")
+    assert code == 2
+    assert "TinyModule has no predict_step" in err
+    assert "{'embedding': (B, D), 'index': batch['index']}" in err
+    assert err.strip().endswith("nrml audit --ledger runs/tiny")
+    code, _, err = nrml("audit", "--config", "tiny.yaml", "--ckpt_path", "init", "--images", "here")
+    assert code == 2
+    assert "--images belongs to --ledger" in err
 
 
 def test_error_of_our_own_constructor(nrml):

@@ -122,3 +122,59 @@ def test_pixels_are_the_image_itself() -> None:
     assert torch.equal(net(x), x.flatten(1))
     with pytest.raises(ValueError, match="pixels has neither weights"):
         create_backbone("pixels", 2, pretrained=True)
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_file_that_would_run_code_is_not_run(tmp_path: Path, modern: bool, inside: bool) -> None:
+    """Neither a pickled object nor one beside good weights."""
+    net = MetricLearning("conv4", KWARGS, 1, embedding_dim=4)
+    evil = Evil(tmp_path / "ran")
+    content = {"state_dict": net.state_dict(), "extra": evil} if inside else evil
+    torch.save(content, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=modern)
+    for load in (
+        lambda: load_backbone(net.backbone, tmp_path / "evil.ckpt"),
+        lambda: load_weights(net, tmp_path / "evil.ckpt"),
+        lambda: export_backbone(tmp_path / "evil.ckpt", tmp_path / "out.pt"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"evil\.ckpt' holds more than tensors, .* save the state_dict\(\)"
+        ):
+            load()
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.ckpt"]
+
+
+def test_files_of_older_torch_and_torn_ones(tmp_path: Path) -> None:
+    net, _ = create_backbone("conv4", 1, kwargs=KWARGS)
+    torch.save(net.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    target, _ = create_backbone("conv4", 1, kwargs=KWARGS)
+    load_backbone(target, tmp_path / "old.pt")
+    assert _same(target, net)
+    for torn in (b"hello there", (tmp_path / "old.pt").read_bytes()[:-300], b""):
+        (tmp_path / "torn.pt").write_bytes(torn)
+        with pytest.raises(ValueError, match=r"torn\.pt' is no readable torch file: it is damaged"):
+            load_backbone(target, tmp_path / "torn.pt")
+
+
+def test_another_width_names_each_weight_once(tmp_path: Path) -> None:
+    """A weight of another shape is in the file."""
+    source = MetricLearning("conv4", {**KWARGS, "widths": [4, 16]}, 1, embedding_dim=4)
+    target = MetricLearning("conv4", KWARGS, 1, embedding_dim=4)
+    path = _checkpoint(tmp_path, source)
+    for load in (lambda: load_backbone(target.backbone, path), lambda: load_weights(target, path)):
+        with pytest.raises(
+            ValueError, match=r"weight \(\(4, 1, 3, 3\) in the file, \(8, 1, 3, 3\) in"
+        ) as told:
+            load()
+        assert "not in the file" not in str(told.value)
+        assert "and 3 more" in str(told.value)  # first convolution and norm, and the second convolution
