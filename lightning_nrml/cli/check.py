@@ -175,8 +175,10 @@ def _check_arguments(where: str, values: dict[str, Any], info: ClassInfo | None)
 
 
 def _unknown(where: str, key: str, info: ClassInfo) -> str:
-    handed = " (options that it passes on go under 'kwargs')" if "kwargs" in info.params else ""
-    return f"{where}: {info.name} has no argument '{key}'{handed}; {nearest(key, info.params)}"
+    hint = nearest(key, info.params)
+    passed_on = "kwargs" in info.params and not hint.startswith("did you mean")
+    aside = " (options that it passes on go under 'kwargs')" if passed_on else ""
+    return f"{where}: {info.name} has no argument '{key}'{aside}; {hint}"
 
 
 def check_override(key: str, value: str | None, tree: dict[str, Any]) -> str | None:

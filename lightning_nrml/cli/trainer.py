@@ -54,12 +54,7 @@ class NRMLTrainer(Trainer):
         Raises:
             UserError: the module has no ``predict_step`` to embed with.
         """
-        if not is_overridden("predict_step", model):
-            raise UserError(
-                f"{type(model).__name__} has no predict_step, which the audit embeds with: let it return "
-                "{'embedding': (B, D), 'index': batch['index']}; or audit the ledger that a noise filter "
-                f"left, without the module: nrml audit --ledger {shlex.quote(str(self.default_root_dir))}"
-            )
+        _check_embeds(model, self.default_root_dir)
         options = AuditOptions(evidence, k, rule, below, confident, gallery, review=review)
         audit_data(datamodule)
         datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]
@@ -79,3 +74,13 @@ class NRMLTrainer(Trainer):
         embedding, index = (torch.from_numpy(collector.arrays[key]) for key in ("embedding", "index"))
         result = write_audit(embedding, index, datamodule, folder, options, self.loggers, facts)
         print("\n".join(summary_lines(result)))
+
+
+def _check_embeds(model: LightningModule, run_folder: str) -> None:
+    if is_overridden("predict_step", model):
+        return
+    raise UserError(
+        f"{type(model).__name__} has no predict_step, which the audit embeds with: let it return "
+        "{'embedding': (B, D), 'index': batch['index']}; or audit the ledger that a noise filter left, "
+        f"without the module: nrml audit --ledger {shlex.quote(str(run_folder))}"
+    )
