@@ -160,8 +160,7 @@ class NRMLDataModule(LabelledData):
         bad_list = self._bad_list("train")
         if bad_list is None:
             return
-        resumed = getattr(self.trainer, "ckpt_path", None) is not None
-        if stage == "fit" and self.trainer is not None and not resumed:
+        if stage == "fit" and self.trainer is not None:
             bad_list.file.unlink(missing_ok=True)
         for split, name in self._missing:
             replace(bad_list, split=split).add(name, "missing")

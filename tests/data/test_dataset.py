@@ -97,15 +97,17 @@ def test_workers_survive_and_all_list_what_they_met(split, tmp_path):
     assert sorted(line.split("\t")[1] for line in listed.read_text().splitlines()[1:]) == ["1", "4"]
 
 
-def add_many(listed):
+def add_many(listed, barrier):
     for i in range(40):
+        barrier.wait()
         BadImageList(listed, "train").add(f"{i}.png", "broken", i)
 
 
 def test_processes_that_list_the_same_images_write_each_once(tmp_path):
     listed = tmp_path / "bad.tsv"
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add_many, args=(listed,)) for _ in range(4)]
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=add_many, args=(listed, barrier)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
