@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
@@ -162,7 +163,8 @@ def _read_state(path: Path, argument: str) -> tuple[dict[str, Tensor], bool]:
             with np.load(path, allow_pickle=False) as data:
                 return {k: torch.from_numpy(np.array(data[k])) for k in data.files}, False
         whole = is_zipfile(path)  # older torch files are not, and cannot be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+        with torch.serialization.safe_globals([Namespace]):  # timm keeps its arguments beside the weights
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except (ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, BadZipFile) as error:
         # torch refuses what it could only read by running code that the file brings
         if isinstance(error, pickle.UnpicklingError) and (whole or "GLOBAL" in str(error)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,12 @@ def test_another_width_names_each_weight_once(tmp_path: Path) -> None:
             load()
         assert "not in the file" not in str(told.value)
         assert "and 3 more" in str(told.value)  # first convolution and norm, and the second convolution
+
+
+def test_a_training_file_of_timm_is_read(tmp_path: Path) -> None:
+    """Its arguments lie beside the weights, as an argparse.Namespace."""
+    net = MetricLearning("conv4", KWARGS, 1, embedding_dim=4)
+    weights = {k: v + 1 for k, v in net.backbone.state_dict().items()}
+    torch.save({"state_dict": weights, "args": Namespace(lr=0.1), "epoch": 3}, tmp_path / "timm.pth.tar")
+    load_backbone(net.backbone, tmp_path / "timm.pth.tar")
+    assert all(torch.equal(v, weights[k]) for k, v in net.backbone.state_dict().items())
