@@ -186,5 +186,5 @@ def test_a_training_file_of_timm_is_read(tmp_path: Path) -> None:
     net = MetricLearning("conv4", KWARGS, 1, embedding_dim=4)
     weights = {k: v + 1 for k, v in net.backbone.state_dict().items()}
     torch.save({"state_dict": weights, "args": Namespace(lr=0.1), "epoch": 3}, tmp_path / "timm.pth.tar")
-    load_backbone(net.backbone, tmp_path / "timm.pth.tar")
+    load_weights(net.backbone, tmp_path / "timm.pth.tar")
     assert all(torch.equal(v, weights[k]) for k, v in net.backbone.state_dict().items())
