@@ -116,6 +116,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
+        check_rate("noise.rate", self.rate)
         if self.kind is None and self.rate and self.table is None:
             raise ValueError(
                 f"noise.rate is {self.rate} but there is no noise.kind: set kind, such as symmetric (or none)"
@@ -125,7 +126,6 @@ class NoiseConfig:
             near = difflib.get_close_matches(str(self.kind), kinds, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"noise.kind must be one of {', '.join(kinds)}, got '{self.kind}'{hint}")
-        check_rate("noise.rate", self.rate)
         check_seed("noise.seed", self.seed)
         if self.table is not None and self.kind != "none":
             raise ValueError(
