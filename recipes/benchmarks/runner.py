@@ -97,7 +97,7 @@ def _run(job: Job) -> tuple[Path, float]:
     """Run the commands of a job in this process, on one thread; their output goes to ``log.txt``."""
     import torch
 
-    from lightning_nrml.cli.app import run
+    from lightning_nrml.__main__ import main as nrml
 
     torch.set_num_threads(1)
     folder = job.folder
@@ -111,7 +111,7 @@ def _run(job: Job) -> tuple[Path, float]:
     for stage in job.stages:
         if isinstance(stage, partial):
             stage()
-        elif run(list(stage)):
+        elif nrml(list(stage)):
             raise RuntimeError(f"run failed, see {folder / 'log.txt'}")
     seconds = time.process_time() - start
     write_json(folder / DONE, {**job.result(folder), "cpu_seconds": round(seconds, 1)})
