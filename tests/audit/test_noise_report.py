@@ -215,7 +215,10 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     capfd.readouterr()
     for args, message in (
         (["--config", "runs/q/config.yaml"], "'audit' needs --ckpt_path"),
-        (["--config", "runs/q/config.yaml", "--ckpt_path", "nowhere"], "--ckpt_path nowhere finds nothing"),
+        (
+            ["--config", "runs/q/config.yaml", "--ckpt_path", "nowhere"],
+            "--ckpt_path finds nothing: there is no run nowhere",
+        ),
         (["--ledger", "nowhere"], "--ledger nowhere finds nothing"),
         (["--ckpt_path", "runs/q", "--review", "none.csv"], "review 'none.csv' does not exist"),
         (["--ckpt_path", "runs/q", "--rule", "guess"], "rule cannot be 'guess'"),

@@ -100,10 +100,10 @@ def test_undefined_values_are_nan():
     assert all(math.isnan(v) for v in filter_quality(none[:0], clean[:0], none[:0]).values())
 
 
-def test_weights_above_zero_are_kept_and_multi_label_is_flat():
+def test_weights_from_one_half_are_kept_and_multi_label_is_flat():
     keep, noise, score = draw(n=60)
     want = filter_quality(keep, noise, score)
-    weight = keep * torch.linspace(0.01, 1, 60)
+    weight = torch.where(keep, torch.linspace(0.5, 1, 60), torch.linspace(0, 0.49, 60))
     assert filter_quality(weight, noise, score) == want
     assert filter_quality(weight.view(20, 3), noise.view(20, 3), score.view(20, 3)) == want
 
