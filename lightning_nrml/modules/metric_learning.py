@@ -34,7 +34,8 @@ class MetricLearning(EmbeddingModule):
         num_classes: number of training classes (linked to the data by the command line); only checked.
         loss: any :class:`~lightning_nrml.losses.Loss`; default ``ContrastiveLoss(0.5)``.
         memory_size: rows of the memory; 0 switches it off.
-        memory_weight: weight of the memory loss.
+        memory_weight: weight of the memory loss, which is contrastive whatever ``loss`` is, and a sum over
+            the pairs with the memory: at 1 it outweighs most batch losses by far. Our recipes use .05 to .1.
         memory_margin: negative margin of the memory loss.
         memory_start: optimiser steps before the memory loss counts (it fills from the start).
         backbone_ckpt: start the backbone alone from this file: a checkpoint of any module of this package
