@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -98,26 +99,42 @@ def mentions(name: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", text) is not None
 
 
-def used_by(name: str) -> set[str]:
-    """Classes of the package that build ``name`` themselves: a thin callback, or a module's default."""
-    users: set[str] = set()
+@cache
+def text_of(path: Path) -> str:
+    """A file's text, read once."""
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def built_by() -> dict[str, set[str]]:
+    """Class of the package -> names that it calls: a thin callback's filter, or a module's default."""
+    calls: dict[str, set[str]] = {}
     for path in [*REPO.glob("lightning_nrml/callbacks/*.py"), *REPO.glob("lightning_nrml/modules/*.py")]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in ast.parse(text_of(path)).body:
             if isinstance(node, ast.ClassDef):
-                calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
-                called = {ast.unparse(f) for f in calls if isinstance(f, ast.Attribute | ast.Name)}
-                if called & {name, f"filters.{name}", f"losses.{name}"}:
-                    users.add(node.name)
-    return users
+                called = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+                calls[node.name] = {ast.unparse(f) for f in called if isinstance(f, ast.Attribute | ast.Name)}
+    return calls
+
+
+def used_by(name: str) -> set[str]:
+    """Classes of the package that build ``name`` themselves."""
+    spelled = {name, f"filters.{name}", f"losses.{name}"}
+    return {user for user, called in built_by().items() if called & spelled}
 
 
 def recipes_of(name: str) -> list[str]:
     """Recipes and benchmark commands that name the class, or a class that builds it by default."""
     names = {name} | used_by(name)
     files = sorted([*REPO.glob("recipes/**/*.yaml"), *REPO.glob("recipes/**/*.py")])
-    texts = {path: path.read_text(encoding="utf-8") for path in files}
-    hits = [p for p, text in texts.items() if any(mentions(n, text) for n in names)]
+    hits = [p for p in files if any(mentions(n, text_of(p)) for n in names)]
     return [p.relative_to(REPO / "recipes").as_posix().removesuffix(".yaml") for p in hits]
+
+
+@cache
+def file_asserts_numbers(path: Path) -> bool:
+    """:func:`asserts_numbers` of a file."""
+    return asserts_numbers(ast.parse(text_of(path)))
 
 
 def asserts_numbers(tree: ast.AST) -> bool:
@@ -137,14 +154,14 @@ def tests_of(cls: type, room: str) -> list[str]:
     stem = cls.__module__.rsplit(".", 1)[-1]
     folder = REPO / "tests"
     helper = folder / "helpers.py"
-    through_helper = mentions(cls.__name__, helper.read_text(encoding="utf-8"))
+    through_helper = mentions(cls.__name__, text_of(helper))
     ranked: dict[int, list[str]] = defaultdict(list)
     for path in sorted(folder.rglob("test_*.py")):
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         used = mentions(cls.__name__, text) or (through_helper and "from helpers import" in text)
         if not used or "benchmarks" in path.parts or path.parent == folder:
             continue
-        if asserts_numbers(ast.parse(text)):
+        if file_asserts_numbers(path):
             distance = int(path.stem != f"test_{stem}") + 2 * int(path.parent.name != room)
             ranked[distance].append(path.relative_to(REPO).as_posix())
     return ranked[min(ranked)] if ranked else []

@@ -33,6 +33,7 @@ from lightning_nrml.audit.table import (
     apply_review,
     audit_table,
     corrected_labels,
+    read_review,
     write_both,
 )
 from lightning_nrml.files import write_frame, write_text
@@ -68,6 +69,7 @@ def audit(
     options = options or AuditOptions()
     rows = at = torch.arange(len(data.label)) if index is None else index.cpu()
     samples, labels = (data, data.num_classes) if data.label.ndim == 2 else (None, 1)
+    seen = _review(options, range(data.label.numel()), samples)
     if samples is not None:
         judged = audit_label_scores(embedding, data.label[at], options.evidence, options.k)
         judged, at, data = entry_scores(judged, labels), entries_of(at, labels), label_entries(data)
@@ -93,7 +95,7 @@ def audit(
         **_method(scores, options, data.class_names),
     }
     report = ReportFacts("Label audit", shown, scores.noise_rate, True, near)
-    return _write(folder, frame, data, options, report, samples)
+    return _write(folder, frame, data, options, report, seen, samples)
 
 
 def audit_ledger(
@@ -140,7 +142,19 @@ def audit_ledger(
         if names is None:
             raise ValueError(f"ledger '{path}' has no paths, so there are no images to show")
         data.images = lambda rows: pixels([names[i] for i in rows])
-    return _write(folder, frame, data if samples is None else label_entries(data), options, report, samples)
+    seen = _review(options, frame["index"], samples)
+    entries = data if samples is None else label_entries(data)
+    return _write(folder, frame, entries, options, report, seen, samples)
+
+
+def _review(
+    options: AuditOptions, known: pd.Series | range, samples: AuditData | None
+) -> pd.DataFrame | None:
+    """The marks of ``options.review``; read first, so that a wrong file costs no audit."""
+    if options.review is None:
+        return None
+    of_samples = None if samples is None else reviewed_entries(options.review, samples)
+    return read_review(options.review, known, of_samples)
 
 
 def _method(scores: AuditScores, options: AuditOptions, class_names: Sequence[str] | None) -> dict[str, str]:
@@ -188,14 +202,14 @@ def _write(
     data: AuditData,
     options: AuditOptions,
     report: ReportFacts,
-    samples: AuditData | None = None,
+    seen: pd.DataFrame | None,
+    samples: AuditData | None,
 ) -> AuditResult:
     """Table, corrected labels, report and summary; ``samples`` are multi-label ones behind the entries."""
     corrected = corrected_labels(frame, options.rule, options.below, options.confident)
     rates = None
-    if options.review is not None:
-        seen = None if samples is None else reviewed_entries(options.review, samples)
-        corrected = apply_review(corrected, options.review, seen)
+    if seen is not None:
+        corrected = apply_review(corrected, seen)
     files = {"table": write_both(folder, TABLE, frame)}
     if samples is None:
         files["corrected"] = write_both(folder, CORRECTED, corrected)

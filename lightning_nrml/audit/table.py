@@ -160,18 +160,18 @@ def _labels(frame: pd.DataFrame, label: np.ndarray, action: np.ndarray) -> pd.Da
     return table.sort_values("index").reset_index(drop=True)
 
 
-def apply_review(
-    table: pd.DataFrame, review: str | os.PathLike[str], seen: pd.DataFrame | None = None
+def read_review(
+    review: str | os.PathLike[str], known: pd.Series | range, seen: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Lay the marks of a person (the report's export) over a corrected table; they win.
+    """The rows of a review (the report's export) that a person marked.
 
     Args:
-        table: from :func:`corrected_labels`.
         review: CSV with ``index``, ``label``, ``keep`` and ``mark``; rows without a mark do not count.
+        known: the indices of the samples.
         seen: such a table, read from ``review`` already.
 
     Raises:
-        ValueError: a column is missing, or an index is not in the table.
+        ValueError: a column is missing, or an index is not known.
     """
     seen = read_label_table(review) if seen is None else seen
     for column in ("index", "keep", "mark"):
@@ -180,12 +180,28 @@ def apply_review(
                 f"review '{review}' has no column '{column}'; give the CSV that the report saved"
             )
     seen = seen[seen["mark"].isin(MARKS)]
-    unknown = ~seen["index"].isin(table["index"]).to_numpy()
+    unknown = ~seen["index"].isin(known).to_numpy()
     if unknown.any():
         row = int(seen["index"].to_numpy()[unknown][0])
         raise ValueError(
             f"review '{review}' names index {row}, which the table has not; it is of another run"
         )
+    return seen
+
+
+def apply_review(table: pd.DataFrame, review: str | os.PathLike[str] | pd.DataFrame) -> pd.DataFrame:
+    """Lay the marks of a person over a corrected table; they win.
+
+    Args:
+        table: from :func:`corrected_labels`.
+        review: from :func:`read_review`, or the file that it reads.
+
+    Raises:
+        ValueError: see :func:`read_review`.
+    """
+    import pandas as pd
+
+    seen = review if isinstance(review, pd.DataFrame) else read_review(review, table["index"])
     out = table.set_index("index")
     at = seen["index"].to_numpy()
     changed = seen["label"].to_numpy() != out.loc[at, "given_label"].to_numpy()
