@@ -93,7 +93,7 @@ def check_writable(folder: Path) -> None:
 def with_run(args: list[str]) -> list[str]:
     """Complete a command that names a run by ``--ckpt_path`` alone.
 
-    The folder of a run means its best checkpoint, for evaluation. Without ``--config``, the ``config.yaml``
+    The folder of a run means its best checkpoint, and its last one to go on training. Without ``--config``, the ``config.yaml``
     of the run is used, and the run folder is the one that it was found in: it may have been moved.
 
     Raises:
@@ -106,8 +106,8 @@ def with_run(args: list[str]) -> list[str]:
     is_file = path.suffix == ".ckpt"
     if not path.exists() and not (has_config and is_file):  # that is told with what the run folder has
         raise UserError(f"--ckpt_path finds nothing: there is no {'file' if is_file else 'run'} {path}.")
-    if path.is_dir() and args[0] in NEEDS_CHECKPOINT:
-        path = checkpoint_of_run(path)
+    if path.is_dir():
+        path = checkpoint_of_run(path, ("last", "best") if args[0] == "fit" else ("best", "last"))
         args = [*args, f"--ckpt_path={path}"]
     config = path.parent.parent / "config.yaml"
     if has_config or not (path.is_file() and config.is_file()):
@@ -116,13 +116,13 @@ def with_run(args: list[str]) -> list[str]:
     return [args[0], *found, *args[1:]]
 
 
-def checkpoint_of_run(folder: Path) -> Path:
-    """``best.ckpt``, else ``last.ckpt`` of the run in ``folder``.
+def checkpoint_of_run(folder: Path, names: tuple[str, ...] = ("best", "last")) -> Path:
+    """The first of these checkpoints that the run in ``folder`` has.
 
     Raises:
         UserError: it has neither.
     """
-    found = (folder / CHECKPOINTS / name for name in ("best.ckpt", "last.ckpt"))
+    found = (folder / CHECKPOINTS / f"{name}.ckpt" for name in names)
     path = next((path for path in found if path.is_file()), None)
     if path is None:
         raise UserError(

@@ -117,6 +117,12 @@ def test_a_run_named_by_its_folder(nrml, folder):
     assert code == 0, err
     shown = float(re.findall(r"test/norm\D+([\d.]+)", out)[0])
     assert shown == pytest.approx(float(best["layer.weight"].square().mean()))
+    # going on is from the last one, in place
+    last = folder / "runs/tiny/checkpoints/last.ckpt"
+    before = torch.load(last, weights_only=True)["global_step"]
+    code, _, err = nrml("fit", "--ckpt_path", "runs/tiny", "--trainer.max_epochs=3")
+    assert code == 0, err
+    assert torch.load(last, weights_only=True)["global_step"] == before * 3 // 2
 
 
 @pytest.mark.parametrize("verb", ["test", "validate", "predict", "audit"])
