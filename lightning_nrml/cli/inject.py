@@ -95,9 +95,10 @@ def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def show(summary: dict[str, Any]) -> None:
     """Print what was written."""
     share = 100 * summary["rate_realised"]
+    said = "wrong" if summary["truth_known"] else "changed"
     print(
         f"Wrote {summary['table']}: {summary['num_train']} images, {summary['num_classes']} classes, "
-        f"{summary['wrong']} labels wrong ({share:.2f} %), hash {summary['hash']}"
+        f"{summary['wrong']} labels {said} ({share:.2f} %), hash {summary['hash']}"
     )
     width = max(len(str(row["name"])) for row in summary["classes"])
     keys = ("clean", "given", "removed", "added")

@@ -33,7 +33,8 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
 
     Returns:
         ``table``, ``kind``, ``rate``, ``seed``, ``num_train``, ``num_classes``, ``wrong`` (number of wrong
-        labels or entries), ``rate_realised`` (their share), ``hash`` of the given labels (the run
+        labels or entries; of changed ones where ``truth_known`` is false: a noise table replaced labels of
+        which nothing says that they are right), ``rate_realised`` (their share), ``hash`` of the given labels (the run
         card's), and ``classes``: for each class its ``name``, ``clean`` and ``given`` number of images, and
         how many were ``removed`` from it and ``added`` to it.
 
@@ -89,6 +90,7 @@ def _summary(data: NRMLDataModule, splits: Splits, noisy: NoisyLabels) -> dict[s
         "num_train": len(noisy.label),
         "num_classes": splits.num_classes if noisy.class_id is None else len(noisy.class_id),
         "wrong": int(noisy.is_noise.sum()),
+        "truth_known": noisy.known,
         "rate_realised": round(float(noisy.is_noise.mean()), 6),
         "hash": label_hash(noisy.label),
         "classes": [

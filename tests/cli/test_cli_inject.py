@@ -106,6 +106,8 @@ def test_single_labels(folder, nrml, kind) -> None:
     assert np.array_equal(got.train_label, want.train_label)
     assert np.array_equal(got.train_is_noise, want.train_is_noise)
     summary = json.loads(Path("noisy.json").read_text())
+    assert summary["truth_known"]
+    assert f"{summary['wrong']} labels wrong" in out
     assert summary["hash"] == want.noise_summary["hash"] in out
     assert summary["num_classes"] == want.num_classes == (10 if kind == "symmetric" else 7)
     rows = summary["classes"]
@@ -205,3 +207,16 @@ def test_mistakes_are_told_and_nothing_is_written(scenes, nrml) -> None:
         nrml("inject", "--config", "rs.yaml", "--out", "there.csv", "--data.noise.seed=4", "--force")[0] == 0
     )
     assert Path("there.csv").read_bytes() != old
+
+
+def test_labels_that_a_table_replaces_are_not_called_wrong(folder, nrml) -> None:
+    """Nothing says that the images' own labels are the truth."""
+    label = DigitsDataModule().train_label.numpy().copy()
+    label[:7] = (label[:7] + 1) % 10
+    lines = ["index,label", *(f"{i},{c}" for i, c in enumerate(label))]
+    Path("theirs.csv").write_text("\n".join(lines))
+    (folder / "d.yaml").write_text("data: {class_path: DigitsDataModule, init_args: {noise: theirs.csv}}\n")
+    code, out, err = nrml("inject", "--config", "d.yaml", "--out", "noisy.csv")
+    assert (code, err) == (0, "")
+    assert "7 labels changed" in out
+    assert not json.loads(Path("noisy.json").read_text())["truth_known"]
