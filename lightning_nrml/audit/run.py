@@ -69,7 +69,7 @@ def audit(
     options = options or AuditOptions()
     rows = at = torch.arange(len(data.label)) if index is None else index.cpu()
     samples, labels = (data, data.num_classes) if data.label.ndim == 2 else (None, 1)
-    seen = _review(options, range(data.label.numel()), samples)
+    seen = review_marks(options, data)
     if samples is not None:
         judged = audit_label_scores(embedding, data.label[at], options.evidence, options.k)
         judged, at, data = entry_scores(judged, labels), entries_of(at, labels), label_entries(data)
@@ -96,6 +96,18 @@ def audit(
     }
     report = ReportFacts("Label audit", shown, scores.noise_rate, True, near)
     return _write(folder, frame, data, options, report, seen, samples)
+
+
+def review_marks(options: AuditOptions, data: AuditData) -> pd.DataFrame | None:
+    """The marks of ``options.review`` on ``data``; read first of all, so that a wrong file costs no work.
+
+    Raises:
+        ValueError: the file is no review, or one of other data.
+    """
+    if options.review is None:
+        return None
+    of_samples = reviewed_entries(options.review, data) if data.label.ndim == 2 else None
+    return read_review(options.review, range(data.label.numel()), of_samples)
 
 
 def audit_ledger(
@@ -142,19 +154,9 @@ def audit_ledger(
         if names is None:
             raise ValueError(f"ledger '{path}' has no paths, so there are no images to show")
         data.images = lambda rows: pixels([names[i] for i in rows])
-    seen = _review(options, frame["index"], samples)
+    seen = review_marks(options, data)
     entries = data if samples is None else label_entries(data)
     return _write(folder, frame, entries, options, report, seen, samples)
-
-
-def _review(
-    options: AuditOptions, known: pd.Series | range, samples: AuditData | None
-) -> pd.DataFrame | None:
-    """The marks of ``options.review``; read first, so that a wrong file costs no audit."""
-    if options.review is None:
-        return None
-    of_samples = None if samples is None else reviewed_entries(options.review, samples)
-    return read_review(options.review, known, of_samples)
 
 
 def _method(scores: AuditScores, options: AuditOptions, class_names: Sequence[str] | None) -> dict[str, str]:

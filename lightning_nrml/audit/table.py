@@ -161,7 +161,7 @@ def _labels(frame: pd.DataFrame, label: np.ndarray, action: np.ndarray) -> pd.Da
 
 
 def read_review(
-    review: str | os.PathLike[str], known: pd.Series | range, seen: pd.DataFrame | None = None
+    review: str | os.PathLike[str], known: Sequence[int] | pd.Series, seen: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     """The rows of a review (the report's export) that a person marked.
 

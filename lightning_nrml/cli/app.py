@@ -40,7 +40,7 @@ from lightning_nrml.cli.run_folder import (
     with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
-from lightning_nrml.cli.trainer import NRMLTrainer
+from lightning_nrml.cli.trainer import NRMLTrainer, check_embeds
 
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
@@ -214,6 +214,10 @@ class NRMLCLI(LightningCLI):
         """Give the checkpoint back to the subcommand's arguments."""
         if "ckpt_path" in self._section():
             self._section().ckpt_path = self._ckpt_path
+
+    def before_predict(self) -> None:
+        """Lightning would ask a module without ``predict_step`` for ``forward``, which does not help."""
+        check_embeds(self.model)
 
     def after_instantiate_classes(self) -> None:
         """A resumed run continues its metrics file; any run lets :class:`RunConfig` say when it begins."""

@@ -93,8 +93,9 @@ def check_writable(folder: Path) -> None:
 def with_run(args: list[str]) -> list[str]:
     """Complete a command that names a run by ``--ckpt_path`` alone.
 
-    The folder of a run means its best checkpoint, and its last one to go on training. Without ``--config``, the ``config.yaml``
-    of the run is used, and the run folder is the one that it was found in: it may have been moved.
+    The folder of a run means its best checkpoint, and its last one to go on training. Without
+    ``--config``, the ``config.yaml`` of the run is used, and the run folder is the one that it was found in:
+    it may have been moved.
 
     Raises:
         UserError: there is no such run or file, or it has no checkpoint.

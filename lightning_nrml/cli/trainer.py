@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_nrml.audit import AuditOptions
+from lightning_nrml.audit import AuditOptions, review_marks
 from lightning_nrml.callbacks.noise_report import audit_data, summary_lines, write_audit
 from lightning_nrml.callbacks.predictions import PredictionCollector
 from lightning_nrml.cli.errors import UserError
@@ -54,9 +54,10 @@ class NRMLTrainer(Trainer):
         Raises:
             UserError: the module has no ``predict_step`` to embed with.
         """
-        _check_embeds(model, self.default_root_dir)
+        ledger = f"nrml audit --ledger {shlex.quote(str(self.default_root_dir))}"
+        check_embeds(model, f"; or audit the ledger that a noise filter left, without the module: {ledger}")
         options = AuditOptions(evidence, k, rule, below, confident, gallery, review=review)
-        audit_data(datamodule)
+        review_marks(options, audit_data(datamodule))
         datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]
         collector = PredictionCollector()
         self.callbacks.append(collector)  # type: ignore[attr-defined]
@@ -76,11 +77,14 @@ class NRMLTrainer(Trainer):
         print("\n".join(summary_lines(result)))
 
 
-def _check_embeds(model: LightningModule, run_folder: str) -> None:
-    if is_overridden("predict_step", model):
-        return
-    raise UserError(
-        f"{type(model).__name__} has no predict_step, which the audit embeds with: let it return "
-        "{'embedding': (B, D), 'index': batch['index']}; or audit the ledger that a noise filter left, "
-        f"without the module: nrml audit --ledger {shlex.quote(str(run_folder))}"
-    )
+def check_embeds(model: LightningModule, instead: str = ".") -> None:
+    """See that a module can embed images.
+
+    Raises:
+        UserError: it has no ``predict_step``; ends with ``instead``.
+    """
+    if not is_overridden("predict_step", model):
+        raise UserError(
+            f"{type(model).__name__} has no predict_step to embed with: let it return "
+            "{'embedding': (B, D), 'index': batch['index']}" + instead
+        )

@@ -34,9 +34,9 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
     Returns:
         ``table``, ``kind``, ``rate``, ``seed``, ``num_train``, ``num_classes``, ``wrong`` (number of wrong
         labels or entries; of changed ones where ``truth_known`` is false: a noise table replaced labels of
-        which nothing says that they are right), ``rate_realised`` (their share), ``hash`` of the given labels (the run
-        card's), and ``classes``: for each class its ``name``, ``clean`` and ``given`` number of images, and
-        how many were ``removed`` from it and ``added`` to it.
+        which nothing says that they are right), ``rate_realised`` (their share), ``hash`` of the given
+        labels (the run card's), and ``classes``: for each class its ``name``, ``clean`` and ``given``
+        number of images, and how many were ``removed`` from it and ``added`` to it.
 
     Raises:
         FileExistsError: a file is there, without ``force``.

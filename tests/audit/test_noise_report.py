@@ -210,6 +210,7 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "other" / "report.html").is_file()
     assert (tmp_path / "other" / "config.yaml").read_text().startswith("# written by 'nrml audit';")
     # the ledger alone
+    Path("other.csv").write_text("index,label,keep,mark\n3,1,1,right\n5000,1,0,wrong\n")
     assert main(["audit", "--ledger", "runs/q", "--out", "led"]) == 0
     assert (tmp_path / "led" / "report.html").is_file()
     capfd.readouterr()
@@ -221,6 +222,7 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         ),
         (["--ledger", "nowhere"], "--ledger nowhere finds nothing"),
         (["--ckpt_path", "runs/q", "--review", "none.csv"], "review 'none.csv' does not exist"),
+        (["--ckpt_path", "runs/q", "--review", "other.csv"], "review 'other.csv' names index 5000"),
         (["--ckpt_path", "runs/q", "--rule", "guess"], "rule cannot be 'guess'"),
         (["--ckpt_path", "runs/q", "--gallry", "3"], "gallry"),
     ):

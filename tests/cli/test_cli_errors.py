@@ -106,6 +106,9 @@ def test_audit_tells_what_it_needs(nrml, folder):
     code, _, err = nrml("audit", "--config", "tiny.yaml", "--ckpt_path", "init")
     assert code == 2
     assert "TinyModule has no predict_step" in err
+    code, _, to_predict = nrml("predict", "--config", "tiny.yaml", "--ckpt_path", "init")
+    assert code == 2
+    assert to_predict.strip() == err.partition(";")[0] + "."
     assert "{'embedding': (B, D), 'index': batch['index']}" in err
     assert err.strip().endswith("nrml audit --ledger runs/tiny")
     code, _, err = nrml("audit", "--config", "tiny.yaml", "--ckpt_path", "init", "--images", "here")

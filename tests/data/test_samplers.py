@@ -74,6 +74,7 @@ def test_every_sample_comes_once_where_it_can():
     assert len(sampler) == 120
     assert sorted(sampler) == list(range(120))
     assert sorted(ShuffleSampler(120, 30)) == list(range(120))
+    assert len(ShuffleSampler(30, 15, num_replicas=2, rank=0)) == 15  # as many samples as one batch takes
 
 
 def test_classes_come_equally_often_and_their_images_in_turn():
