@@ -173,14 +173,8 @@ class BigEarthNetDataModule(MultiLabelRemoteSensing):
             images = PatchSource(store, names, self.bands, self.resample)
             label = table.label[at[chosen]].astype(np.int64)
             parts[name] = Split(images, label, paths=[raw.decode() for raw in names["s2"]])
-            if name == "train" and self._computes:
-                self._train_files = [images.name(row) for row in range(len(images))]
         test, val = parts.get("test"), parts.get("val")
         return Splits(parts["train"], test, self.num_classes, val, list(self._label_names))
-
-    @property
-    def _computes(self) -> bool:
-        return self.normalize and self.band_statistics == "train"
 
     @property
     def statistics(self) -> BandStatistics:

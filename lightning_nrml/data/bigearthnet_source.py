@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,10 @@ class PatchStore(ABC):
         """How to call a patch, or a plane of it, in a message."""
 
     @abstractmethod
+    def files(self, sensor: str, names: np.ndarray, bands: Sequence[str]) -> Iterable[str]:
+        """The files that these planes of patches are read from."""
+
+    @abstractmethod
     def absent(self, sensor: str, names: np.ndarray) -> np.ndarray:
         """``(len(names),)`` bool, which patches are not there at all; opens no image."""
 
@@ -79,6 +84,9 @@ class GeoTiffStore(PatchStore):
     def where(self, sensor: str, name: str, band: str = "") -> str:
         folder = f"{self.parent(sensor, name)}/{name}"
         return f"{folder}/{name}_{band}.tif" if band else folder
+
+    def files(self, sensor: str, names: np.ndarray, bands: Sequence[str]) -> Iterable[str]:
+        return (self.where(sensor, raw.decode(), band) for raw in names.tolist() for band in bands)
 
     def absent(self, sensor: str, names: np.ndarray) -> np.ndarray:
         rows_of: dict[str, list[int]] = {}
@@ -153,6 +161,9 @@ class LMDBStore(PatchStore):
     def where(self, sensor: str, name: str, band: str = "") -> str:
         return f"{f'band {band} of ' if band else ''}patch {name} in {self.path}"
 
+    def files(self, sensor: str, names: np.ndarray, bands: Sequence[str]) -> Iterable[str]:
+        return [str(self.path / "data.mdb" if self.path.is_dir() else self.path)]
+
     def absent(self, sensor: str, names: np.ndarray) -> np.ndarray:
         lost = np.zeros(len(names), dtype=bool)
         with self.environment.begin() as read, read.cursor() as cursor:
@@ -221,6 +232,14 @@ class PatchSource(ImageSource):
     def name(self, row: int) -> str:
         sensor = next(iter(self.plan))
         return self.store.where(sensor, self.names[sensor][row].decode())
+
+    def reading(self) -> tuple[object, ...]:
+        names = [hashlib.sha256(self.names[s].tobytes()).hexdigest() for s in self.plan]
+        return "PatchSource", self.bands, self.resample, names
+
+    def files(self) -> Iterable[str]:
+        for sensor, channels in self.plan.items():
+            yield from self.store.files(sensor, self.names[sensor], [self.bands[c] for c in channels])
 
     def missing(self) -> list[int]:
         lost = np.zeros(len(self), dtype=bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,6 @@ class DeepGlobeDataModule(MultiLabelRemoteSensing):
         lists = {name: file for name, file in usual.items() if file.is_file() or name == "train"}
         rows = split_rows(table, lists)
         files = [str(file) for file in find_images(table.images, self.path / "images")]
-        self._train_files = [files[i] for i in rows["train"]]
         return {
             name: Split(
                 FileSource([files[i] for i in at], 3, self.image_size, "squash"),
@@ -130,8 +129,6 @@ class DeepGlobeDataModule(MultiLabelRemoteSensing):
             )
             paths = [f"{p[0].stem.removesuffix('_sat')}_{p[1]}_{p[2]}" for p in places]
             parts[name] = Split(images, label[label.any(1)] if len(label) else label, paths=paths)
-            if name == "train":
-                self._train_files = [str(p[0]) for p in places]
         return parts
 
     def _pairs(self) -> list[tuple[Path, Path]]:
@@ -225,6 +222,12 @@ class TileSource(DecodingSource):
     def missing(self) -> list[int]:
         there = {path: Path(path).is_file() for path in set(self.paths.tolist())}
         return [row for row, path in enumerate(self.paths.tolist()) if not there[path]]
+
+    def reading(self) -> tuple[object, ...]:
+        return *super().reading(), self.tile, self.places.tolist()
+
+    def files(self) -> Iterable[str]:
+        return map(str, self.paths)
 
     def subset(self, rows: np.ndarray) -> TileSource:
         places = [(int(r), int(c)) for r, c in self.places[rows]]

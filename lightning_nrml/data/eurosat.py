@@ -103,7 +103,6 @@ class EuroSATDataModule(RemoteSensing):
         label = label[chosen]
         rows = self._rows(paths, label, str(root))
         files = [str(root / path) for path in paths]
-        self._train_files = [files[i] for i in rows["train"]]
         return split_by_rows(self._source(files), label, rows, names, str(root), paths=paths)
 
     def _root(self) -> Path:

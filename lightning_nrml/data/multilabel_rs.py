@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lightning_nrml.data.multilabel_tables import (
     MultiLabelTable,
@@ -26,8 +27,9 @@ class MultiLabelRSDataModule(MultiLabelRemoteSensing):
     As it stands it reads UC Merced's multi-label layout: ``LandUse_Multilabeled.txt`` (tab separated, names
     without suffix), ``Images/<scene>/<name>.<suffix>`` and ``split_train.txt``, ``split_val.txt``,
     ``split_test.txt``. A CSV or Parquet table may have a column ``split`` instead of lists. JPEG, PNG and
-    8-bit RGB TIFF are read as RGB; other TIFFs, and all of them if ``bands`` is given, through rasterio
-    (extra ``rs``) as float32 in their own units.
+    TIFFs of three 8-bit bands without a nodata value are read as RGB; other TIFFs, and all of them if
+    ``bands`` is given, through rasterio (extra ``rs``) as float32 in their own units. The first image of a
+    split tells which.
 
     Noise is put on the train labels only; see :mod:`lightning_nrml.data.multilabel_noise`. ``noise.table``
     is a table like this one, with the labels of all train images. Batches carry ``clean_label`` and the flip
@@ -77,7 +79,6 @@ class MultiLabelRSDataModule(MultiLabelRemoteSensing):
         self._label_names = table.names
         rows = split_rows(table, self._lists(table.split is not None))
         files = [str(f) for f in find_images(table.images, self.path / self.images_folder)]
-        self._train_files = [files[i] for i in rows["train"]]
         parts = {
             name: Split(
                 self._source([files[i] for i in at]), table.label[at], paths=[table.images[i] for i in at]
@@ -104,12 +105,20 @@ class MultiLabelRSDataModule(MultiLabelRemoteSensing):
         return RasterSource(files, self.bands, self.image_size)
 
 
+#: tags of TIFF: number of bands, and GDAL's nodata value
+_SAMPLES, _NODATA = 277, 42113
+
+
 def _is_rgb(files: Sequence[str]) -> bool:
-    """Whether Pillow reads the first file that is there as 8-bit colour or grey."""
+    """Whether the first file that is there is a picture: of a TIFF, 8-bit RGB (or a palette) and no more."""
     for file in files:
         if Path(file).is_file():
             try:
                 with Image.open(file) as image:
+                    if isinstance(image, TiffImageFile):
+                        tags = image.tag_v2
+                        rgb = (image.mode == "RGB" and tags.get(_SAMPLES) == 3) or image.mode == "P"
+                        return rgb and _NODATA not in tags
                     return image.mode in ("RGB", "RGBA", "L", "P", "CMYK")
             except (UnidentifiedImageError, OSError):
                 return Path(file).suffix.lower() not in (".tif", ".tiff")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +77,12 @@ class RasterSource(ImageSource):
     def missing(self) -> list[int]:
         return [row for row, path in enumerate(self.paths) if not Path(path).is_file()]
 
+    def reading(self) -> tuple[object, ...]:
+        return "RasterSource", self.bands, self.size
+
+    def files(self) -> Iterable[str]:
+        return map(str, self.paths)
+
     def subset(self, rows: np.ndarray) -> RasterSource:
         bands = None if self.all_bands else self.bands
         return RasterSource(self.paths[rows].tolist(), bands, self.image_size)
@@ -91,12 +99,13 @@ class RasterSource(ImageSource):
                 self._check_shape(row, file.count, (file.height, file.width))
                 pixels = file.read(self.bands)
                 nodata = [file.nodatavals[band - 1] for band in self.bands]
+                hidden = ~file.read_masks(self.bands).astype(bool) if self._has_mask(file) else None
         except (rasterio.errors.RasterioError, OSError) as error:
             raise BadImageError(
                 f"cannot read {self.name(row)} ({type(error).__name__}: {error}); mend or remove it, or set "
                 "on_bad_image: skip"
             ) from error
-        self._check_pixels(row, pixels, nodata)
+        self._check_pixels(row, pixels, nodata, hidden)
         image = torch.from_numpy(pixels.astype(np.float32))
         if self.size is not None and image.shape[1:] != self.size:
             image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
@@ -114,15 +123,24 @@ class RasterSource(ImageSource):
                 "image_size to bring all to one size"
             )
 
-    def _check_pixels(self, row: int, pixels: np.ndarray, nodata: list[float | None]) -> None:
-        for band, plane, empty in zip(self.bands, pixels, nodata, strict=True):
+    def _has_mask(self, file: Any) -> bool:
+        """Whether it has a mask of its own; what is transparent has pixels all the same."""
+        flags = [{flag.name for flag in file.mask_flag_enums[band - 1]} for band in self.bands]
+        return any("per_dataset" in named and "alpha" not in named for named in flags)
+
+    def _check_pixels(
+        self, row: int, pixels: np.ndarray, nodata: list[float | None], hidden: np.ndarray | None
+    ) -> None:
+        for i, (band, plane, empty) in enumerate(zip(self.bands, pixels, nodata, strict=True)):
             bad = ~np.isfinite(plane)
             if empty is not None and np.isfinite(empty):
                 bad |= plane == empty
+            if hidden is not None:
+                bad |= hidden[i]
             if bad.any():
                 raise BadImageError(
-                    f"{self.name(row)}, band {band}: {int(bad.sum())} of {bad.size} pixels are NaN, infinite "
-                    f"or nodata ({empty}); fill or remove it, or set on_bad_image: skip"
+                    f"{self.name(row)}, band {band}: {int(bad.sum())} of {bad.size} pixels are NaN, "
+                    f"infinite, nodata ({empty}) or masked; fill or remove it, or set on_bad_image: skip"
                 )
 
 
@@ -165,22 +183,27 @@ def _readable(images: ImageSource, rows: range) -> Tensor | None:
         return torch.cat(found) if found else None
 
 
-def cached_statistics(
-    images: ImageSource, files: Sequence[str], folder: Path
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def cached_statistics(images: ImageSource, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """:func:`band_statistics`, kept in ``folder`` under a hash of what they depend on.
+
+    That is how the source reads, and name, size and time of change of each of its files. Of a source without
+    files, nothing is kept.
 
     Args:
         images: the training images.
-        files: the paths behind them; name, size and time of change enter the hash.
         folder: made if it is not there. If it cannot be written, nothing is kept.
     """
-    digest = hashlib.sha256(repr((images.channels, images.size, str(images.dtype))).encode())
-    digest.update(repr(getattr(images, "bands", None)).encode())
-    for name in files:
-        path = Path(name)
-        stat = path.stat() if path.is_file() else None
-        digest.update(repr((str(path.resolve()), stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    digest, count = hashlib.sha256(repr(images.reading()).encode()), 0
+    for name in images.files():
+        count += 1
+        try:
+            stat = os.stat(name)
+        except OSError:  # it may be skipped
+            digest.update(repr(name).encode())
+        else:
+            digest.update(repr((os.path.abspath(name), stat.st_size, stat.st_mtime_ns)).encode())
+    if not count:
+        return band_statistics(images)
     file = folder.expanduser() / f"bands_{digest.hexdigest()[:16]}.json"
     if file.is_file():
         saved = json.loads(file.read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,13 @@ class RemoteSensing(NRMLDataModule):
     ) -> None:
         super().__init__(**kwargs)
         self.normalize, self.statistics_folder = normalize, statistics_folder
-        #: the files behind the train images, whose times of change tell whether statistics still hold
-        self._train_files: Sequence[str] = []
         self._statistics: BandStatistics | None = None
 
     @property
     def statistics(self) -> BandStatistics:
         """Mean and standard deviation of every band over the train images, in the units that views see."""
         if self._statistics is None:
-            images = self.splits.train.images
-            self._statistics = cached_statistics(images, self._train_files, Path(self.statistics_folder))
+            self._statistics = cached_statistics(self.splits.train.images, Path(self.statistics_folder))
         return self._statistics
 
     def default_train_view(self) -> Views:

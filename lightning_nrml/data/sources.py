@@ -11,7 +11,7 @@ import io
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -27,6 +27,8 @@ Fit = Literal["crop", "squash"]
 _DECODE_THREADS = 4
 #: pixels, a side of an image that people can recognise something in
 PICTURE = 96
+# tags of TIFF: bands, and what those beyond the colours are (0 = not said, so not transparency)
+_SAMPLES, _EXTRA_SAMPLES = 277, 338
 # what Pillow's decoders raise on damaged files
 DECODE_ERRORS = (
     OSError,
@@ -86,6 +88,14 @@ class ImageSource(ABC):
         """How to call an image in a message."""
         return f"image {row}"
 
+    def reading(self) -> tuple[object, ...]:
+        """What decides on the pixels beside the contents of :meth:`files`: bands, size, ..."""
+        return ()
+
+    def files(self) -> Iterable[str]:
+        """The files that pixels are read from; none if nothing tells."""
+        return ()
+
     def missing(self) -> list[int]:
         """Rows that are known to be absent without decoding anything."""
         return []
@@ -128,6 +138,12 @@ class MemorySource(ImageSource):
     def name(self, row: int) -> str:
         return super().name(row) if self.origin is None else self.origin.name(row)
 
+    def reading(self) -> tuple[object, ...]:
+        return super().reading() if self.origin is None else self.origin.reading()
+
+    def files(self) -> Iterable[str]:
+        return super().files() if self.origin is None else self.origin.files()
+
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
         origin = None if self.origin is None else self.origin.subset(rows)
@@ -164,6 +180,9 @@ class DecodingSource(ImageSource):
         self.channels = channels
         self.size = checked_size(image_size)
         self.fit: Fit = fit
+
+    def reading(self) -> tuple[object, ...]:
+        return type(self).__name__, self.channels, self.size, self.fit
 
     @abstractmethod
     def open(self, row: int) -> Image.Image:
@@ -276,6 +295,9 @@ class FileSource(DecodingSource):
     def subset(self, rows: np.ndarray) -> FileSource:
         return FileSource(self.paths[rows].tolist(), self.channels, self.size, self.fit)
 
+    def files(self) -> Iterable[str]:
+        return map(str, self.paths)
+
     def missing(self) -> list[int]:
         return [row for row, path in enumerate(self.paths) if not Path(path).is_file()]
 
@@ -285,7 +307,11 @@ def to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None, f
 
     Resizing is Pillow's antialiased bilinear filter. JPEGs at least four times too large are first
     decoded at a fraction of their size (never below twice the target), which is much faster.
+
+    Raises:
+        ValueError: 8 bits of three colours would not do for what the image holds; says what it is.
     """
+    image = _eight_bits(image)
     mode = "RGB" if channels == 3 else "L"
     if size is not None:
         image.draft(mode, (2 * size[1], 2 * size[0]))
@@ -296,6 +322,22 @@ def to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None, f
     array = np.array(image, dtype=np.uint8)
     pixels = torch.from_numpy(array)
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image, if 8-bit colours can show it; Pillow would clip more bits, and leave out further bands."""
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+    if deep and image.format == "PNG":  # 16 bits of grey, full range: the higher 8, as Pillow has it for RGB
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})
+    extra = tags.get(_EXTRA_SAMPLES, ())
+    if deep or 0 in (extra if isinstance(extra, tuple) else (extra,)):
+        what = f"pixels of mode {image.mode}" if deep else f"{tags.get(_SAMPLES)} bands"
+        raise ValueError(
+            f"{what} do not fit into 8-bit colours; convert it, or read it as a raster (bands of "
+            "MultiLabelRSDataModule)"
+        )
+    return image
 
 
 def _centre_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -282,7 +282,7 @@ def test_bad_rasters_are_named(tmp_path):
     assert source.get([0]).shape == (1, 2, 4, 4)
     for row, words in {
         1: "nan.tif, band 2: 1 of 16 pixels are NaN",
-        2: r"nodata.tif, band 1: 2 of 16 pixels are NaN, infinite or nodata \(-9999",
+        2: r"nodata.tif, band 1: 2 of 16 pixels are NaN, infinite, nodata \(-9999",
         3: r"one.tif has 1 bands, but bands \[1, 2\]",
         4: r"small.tif is 3 x 4, but the first raster is \(4, 4\)",
         5: "cannot read .*text.tif",
