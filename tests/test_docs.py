@@ -149,7 +149,7 @@ def test_commands_name_real_recipes_and_keys(page: str, args: list[str]) -> None
 
 def test_readme_has_the_two_commands() -> None:
     assert "\npip install . && python -m lightning_nrml fit --config recipes/quickstart.yaml\n" in README
-    assert '\npip install -e ".[test]" && pytest\n' in README
+    assert '\npip install -e ".[test]" && pytest -n 2\n' in README
 
 
 def printed_result(text: str) -> dict[str, float]:

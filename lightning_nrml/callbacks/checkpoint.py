@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,6 +37,25 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take a checkpoint of the last step of an epoch for one of the epoch's end.
+
+        Lightning forgets to count the epoch that such a run goes on with, and leaves one out when the run is
+        resumed once more. The validation that was due after the step is not made up for.
+        """
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        batches, epochs = loop.get("epoch_loop.batch_progress"), loop.get("epoch_progress")
+        if not batches or not batches["is_last_batch"]:
+            return
+        unfinished = batches["current"]["completed"] < batches["current"]["processed"]
+        if unfinished and epochs["current"]["processed"] < epochs["current"]["started"]:
+            for part in ("total", "current"):
+                batches[part]["completed"] = batches[part]["processed"]
+                epochs[part]["processed"] = epochs[part]["started"]
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # counted after the step's hooks
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse the optimiser state of another optimiser, which a resumed run would stumble over later.
 
@@ -45,7 +64,8 @@ class LastCheckpoint(ModelCheckpoint):
         """
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            missing = {key for group in optimizer.param_groups for key in optimizer.defaults.keys() - group}
+            needed = optimizer.defaults.keys() - {"differentiable"}  # torch adds it on restoring
+            missing = {key for group in optimizer.param_groups for key in needed - group.keys()}
             if missing:
                 raise ValueError(
                     f"The checkpoint's optimiser is not {type(optimizer).__name__} (it has no "

@@ -17,7 +17,7 @@ from lightning_nrml import distributed
 from lightning_nrml.data.bad_images import BadImageList
 from lightning_nrml.data.dataset import IndexedDataset, identity
 from lightning_nrml.data.labelled import LabelledData
-from lightning_nrml.data.loader import ResumableLoader
+from lightning_nrml.data.loader import ResumableLoader, resume_after_whole_epochs
 from lightning_nrml.data.noise import NoiseConfig
 from lightning_nrml.data.samplers import (
     MPerClassSampler,
@@ -143,6 +143,8 @@ class NRMLDataModule(LabelledData):
             if split is not None:
                 self._fill_cache(split)
         self._begin_bad_list(stage)
+        if stage == "fit" and self.trainer is not None:
+            resume_after_whole_epochs(self.trainer)
 
     def _fill_cache(self, split: Split) -> None:
         if self.cache is True or (self.cache == "auto" and decoded_bytes(split.images) <= CACHE_LIMIT_BYTES):
@@ -201,12 +203,14 @@ class NRMLDataModule(LabelledData):
             self.train_sampler,
             self.batch_size,
             drop_last=True,
-            loader_class=partial(ResumableLoader, batches_done=self._batches_done),
+            loader_class=partial(ResumableLoader, position=self._position),
         )
 
-    def _batches_done(self) -> int:
-        """Batches of the current epoch that were trained on; not 0 only when a run resumes in mid-epoch."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    def _position(self) -> tuple[int | None, int]:
+        """Current epoch, and how many of its batches were trained on: not 0 only in a run resumed there."""
+        if self.trainer is None:
+            return None, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation split in order (the test split if there is none), nothing padded."""
@@ -289,7 +293,7 @@ class NRMLDataModule(LabelledData):
 
     def _view_key(self) -> ViewKey:
         trainer = self.trainer
+        epoch, batch = self._position()
         assert trainer is not None
-        return ViewKey(
-            self.seed, trainer.current_epoch, self._batches_done(), trainer.global_rank * self.batch_size
-        )
+        assert epoch is not None
+        return ViewKey(self.seed, epoch, batch, trainer.global_rank * self.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
 
@@ -19,7 +19,9 @@ PREFIX = "backbone."
 OPTIONAL = "num_batches_tracked"
 
 
-def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weights") -> None:
+def load_weights(
+    module: nn.Module, path: str | Path, argument: str = "init_weights", made_anew: Collection[str] = ()
+) -> None:
     """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
 
     Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
@@ -34,6 +36,8 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
         module: with a part ``backbone``.
         path: the file.
         argument: what the user calls ``path``, for messages.
+        made_anew: parts of ``module`` that a Lightning checkpoint's state is not for: memories, teachers and
+            what callbacks have attached, which belong to the run that it is of.
 
     Raises:
         FileNotFoundError: no such file.
@@ -44,6 +48,8 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
     target = module.state_dict()
     found: dict[str, Tensor] = {}
     wrong: list[str] = []
+    if lenient:
+        state = {name: value for name, value in state.items() if name.partition(".")[0] not in made_anew}
     for name, value in state.items():
         full = next((n for n in (name, PREFIX + name) if n in target), None)
         if full is not None:
@@ -53,8 +59,7 @@ def load_weights(module: nn.Module, path: str | Path, argument: str = "init_weig
     absent = _absent([name for name in target if name.startswith(PREFIX)], found)
     if wrong or absent or not found:
         raise ValueError(
-            f"{argument} '{path}' does not fit the model: {_shown(wrong, absent, state)}. Use the backbone, "
-            "backbone_kwargs, in_channels, stem and embedding_dim that the file was made with."
+            f"{argument} '{path}' does not fit the model: {_shown(wrong, absent, state)}. {_mend(wrong)}"
         )
     module.load_state_dict(found, strict=False)
 
@@ -152,6 +157,16 @@ def _shown(wrong: list[str], absent: list[str], state: Mapping[str, Tensor]) -> 
     shown = wrong[:3] + absent[:2]
     more = len(wrong) + len(absent) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _mend(wrong: list[str]) -> str:
+    """Which arguments to look at: those of the backbone, or of the other parts that do not fit."""
+    others = sorted({name.partition(".")[0] for name in wrong} - {PREFIX[:-1]})
+    if others and not any(name.startswith(PREFIX) for name in wrong) and "head" not in others:
+        return f"Give {' and '.join(others)} the sizes that the file was made with."
+    return (
+        "Use the backbone, backbone_kwargs, in_channels, stem and embedding_dim that the file was made with."
+    )
 
 
 def _read_state(path: Path, argument: str) -> tuple[dict[str, Tensor], bool]:

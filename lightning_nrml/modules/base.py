@@ -6,7 +6,7 @@ import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrml import distributed
-from lightning_nrml.filters.chain import FilterChain, gathered_context, tolerate_absent_filters
+from lightning_nrml.filters.chain import ATTACHED, FilterChain, gathered_context, tolerate_absent_filters
 from lightning_nrml.models import create_backbone, load_weights
 from lightning_nrml.models.backbone import Stem
 from lightning_nrml.modules.arguments import as_config, plain_arguments
@@ -42,7 +42,12 @@ class EmbeddingModule(LightningModule):
         check_finite: stop with the batch indices when the loss is NaN or infinite.
         init_weights: file to start from, see :func:`lightning_nrml.models.load_weights`.
         stem: ``cifar`` = ResNets for small images, see :func:`lightning_nrml.models.create_backbone`.
+
+    Attributes:
+        made_anew: names of parts that ``init_weights`` leaves out: memories and teachers of another run.
     """
+
+    made_anew: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class EmbeddingModule(LightningModule):
     def on_fit_start(self) -> None:
         """Apply start weights, unless the run resumes (Lightning does not know that in ``setup`` yet)."""
         if self.init_weights and self.trainer.ckpt_path is None:
-            load_weights(self, self.init_weights)
+            load_weights(self, self.init_weights, made_anew=(*ATTACHED, *self.made_anew))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed by (seed, epoch, batch, rank): dropout is the same after a resume at any point."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class MetricLearning(EmbeddingModule):
             (of self-supervised training, say) or a plain state dict, see
             :func:`lightning_nrml.models.load_backbone`. A resumed run does not read it.
     """
+
+    made_anew: ClassVar[tuple[str, ...]] = ("memory",)
 
     def __init__(
         self,

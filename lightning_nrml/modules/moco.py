@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class MoCo(TaughtModule):
         bn_splits: parts of a rank's batch that have batch statistics of their own, for queries and keys
             alike; gives one process what several ranks give.
     """
+
+    made_anew: ClassVar[tuple[str, ...]] = ("teacher", "queue")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -112,6 +112,7 @@ class TaughtModule(SelfSupervised):
         tau_schedule: ``cosine`` (to 1 at the last step) or ``constant``.
     """
 
+    made_anew: ClassVar[tuple[str, ...]] = ("teacher",)
     projector: nn.Module
     teacher: MomentumTeacher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class SwAV(SelfSupervised):
         queue_size: projections per large crop kept over all ranks; 0 = no queue.
         queue_start_epoch: first epoch that fills the queue; it is used once it is full.
     """
+
+    made_anew: ClassVar[tuple[str, ...]] = ("queues",)
 
     def __init__(
         self,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_nrml.optim.lars import LARS
 
@@ -24,7 +24,8 @@ class OptimizerConfig:
         name: any timm optimiser name (``adam``, ``adamw``, ``sgd``, ``lamb``, ...); ``lars`` is our own
             :class:`.LARS`, which adapts at weight decay 0 too.
         lr: peak learning rate, as it is: nothing is scaled behind your back.
-        weight_decay: applied to weights; to biases and norm scales only if ``decay_all``.
+        weight_decay: applied to weights; to biases, norm scales and what the backbone excepts (a ViT's class
+            token and positions) only if ``decay_all``.
         momentum: for those that have one (SGD, LARS).
         loss_lr: learning rate of the loss's own parameters (class weights, proxies); default ``lr``.
         loss_weight_decay: weight decay of those parameters.
@@ -75,11 +76,13 @@ def create_optimizer(
         ValueError: unknown optimiser name.
     """
     special = {id(p): p for p in loss_parameters if p.requires_grad}
+    exempt = _without_decay(model)
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in special:
-            (plain if p.ndim <= 1 and not config.decay_all else decay).append(p)
+            spared = (p.ndim <= 1 or name in exempt) and not config.decay_all
+            (plain if spared else decay).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -90,18 +93,18 @@ def create_optimizer(
         },
     ]
     groups = [g for g in groups if g["params"]]
-    known = list_optimizers()
-    if config.name.lower().removeprefix("lookahead_") not in known:
-        near = difflib.get_close_matches(config.name.lower(), known, n=3, cutoff=0.5)
+    known, name = list_optimizers(), config.name.lower()
+    if name.removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise ValueError(
             f"optimizer.name '{config.name}' is not an optimiser of timm; nearest: "
             f"{', '.join(near or ['adamw', 'sgd', 'lars'])}"
         )
-    if config.name == "lars":
+    if name == "lars":
         for group in groups:
             group["adapt"] = group["params"] is decay
     try:
-        if config.name == "lars":
+        if name == "lars":
             return LARS(groups, config.lr, config.momentum, weight_decay=config.weight_decay, **config.kwargs)
         optimizer: Optimizer = create_optimizer_v2(
             groups,
@@ -116,30 +119,35 @@ def create_optimizer(
     return optimizer
 
 
-class _CosineToRatio(CosineAnnealingLR):
-    """Each parameter group falls to a share of its own peak; torch's has one floor for all of them."""
+def _without_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that timm's nets except from weight decay (class token, positions)."""
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        names = getattr(module, "no_weight_decay", None)
+        if callable(names):
+            found |= {f"{prefix}.{name}" if prefix else name for name in names()}
+    return found
 
-    def __init__(self, optimizer: Optimizer, steps: int, ratio: float) -> None:
-        self.ratio = ratio
-        super().__init__(optimizer, T_max=steps)
 
-    def get_lr(self) -> list[float | Tensor]:
-        """Torch's recursion, group by group."""
-        return self._by_group(super().get_lr)
+class _Schedule(LambdaLR):
+    """Rates as a function of the step alone, so that a resumed run may have another length."""
 
-    def _get_closed_form_lr(self) -> list[float | Tensor]:
-        return self._by_group(super()._get_closed_form_lr)
-
-    def _by_group(self, rates: Callable[[], list[float | Tensor]]) -> list[float | Tensor]:
-        found = []
-        for group, peak in enumerate(self.base_lrs):
-            self.eta_min = float(peak) * self.ratio
-            found.append(rates()[group])
-        return found
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where the run is; how long it is, and so its rate, is this run's."""
+        self.last_epoch = int(state_dict["last_epoch"])
+        self._step_count = int(state_dict["_step_count"])
+        groups = self.optimizer.param_groups
+        self.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
+        rates = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        self._last_lr = [peak * factor(self.last_epoch) for peak, factor in rates]
+        for group, rate in zip(groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def create_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Linear warm-up, then cosine or constant; ``T_max`` counts the steps after the warm-up only.
+    """Linear warm-up, then cosine (over the steps that are left, then its floor) or constant.
+
+    A run that is resumed with another ``total_steps`` goes on where a run of that length would be.
 
     Args:
         config: the schedule.
@@ -159,12 +167,12 @@ def create_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: i
             "lower it, or train longer."
         )
     after = max(total_steps - warmup, 1)
-    main: LRScheduler
-    if config.name == "cosine":
-        main = _CosineToRatio(optimizer, after, config.min_lr_ratio)
-    else:
-        main = ConstantLR(optimizer, factor=1.0, total_iters=0)
-    if warmup == 0:
-        return main
-    start = LinearLR(optimizer, start_factor=1.0 / (warmup + 1), total_iters=warmup)
-    return SequentialLR(optimizer, [start, main], milestones=[warmup])
+    floor = config.min_lr_ratio if config.name == "cosine" else 1.0
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / after, 1.0)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+    return _Schedule(optimizer, factor)

@@ -358,6 +358,7 @@ def test_skip_leaves_missing_images_out_without_moving_the_noise(folder, tmp_pat
     (folder / "test0.png").unlink()
     dm = FileToy(folder, noise=noise, on_bad_image="skip")
     dm.trainer = SimpleNamespace(default_root_dir=str(tmp_path / "run"), training=False)
+    dm.trainer.fit_loop = SimpleNamespace()
     with pytest.warns(UserWarning, match="left out 1 missing"):
         dm.setup("fit")
     assert dm.num_train_samples == len(dm.train_keep) == 11

@@ -11,8 +11,10 @@ import torch
 from ssl_runs import METHODS, module
 from torch import nn
 
+from lightning_nrml.filters.chain import ATTACHED
+from lightning_nrml.memory import FeatureBank
 from lightning_nrml.models import create_backbone, export_backbone, load_backbone, load_weights
-from lightning_nrml.modules import LinearProbe, MetricLearning
+from lightning_nrml.modules import LinearProbe, MetricLearning, MoCo, SwAV
 
 KWARGS = {"input_size": 8, "widths": [8, 16], "strides": [2, 2]}
 DEEPER = {"input_size": 8, "widths": [8, 16, 16], "strides": [2, 2, 1]}
@@ -188,3 +190,34 @@ def test_a_training_file_of_timm_is_read(tmp_path: Path) -> None:
     torch.save({"state_dict": weights, "args": Namespace(lr=0.1), "epoch": 3}, tmp_path / "timm.pth.tar")
     load_weights(net.backbone, tmp_path / "timm.pth.tar")
     assert all(torch.equal(v, weights[k]) for k, v in net.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["MoCo", "SwAV", "MetricLearning"])
+def test_what_belongs_to_another_run_is_made_anew(tmp_path: Path, method: str) -> None:
+    """Memories and teachers, and what callbacks had attached, of whatever size; the rest must fit."""
+    size = "memory_size" if method == "MetricLearning" else "queue_size"
+    make = {"MoCo": MoCo, "SwAV": SwAV, "MetricLearning": MetricLearning}[method]
+    source = make("conv4", KWARGS, 1, **{size: 24})
+    for p in source.parameters():
+        p.data += 1
+    for name, value in source.state_dict().items():
+        if name.startswith(("queue", "memory")):
+            value.fill_(1)
+    source.knn_bank, source.probes = FeatureBank(7, 3), nn.ModuleDict({"label": nn.Linear(3, 2)})
+    path = _checkpoint(tmp_path, source)
+    for length in (24, 40):
+        target = make("conv4", KWARGS, 1, **{size: length})
+        target.knn_bank = FeatureBank(9, 3)
+        target.probes = nn.ModuleDict({"label": nn.Linear(3, 5)})
+        before = {k: v.clone() for k, v in target.state_dict().items()}
+        load_weights(target, path, made_anew=(*ATTACHED, *target.made_anew))
+        for name, value in target.state_dict().items():
+            own = name.startswith((*target.made_anew, "knn_bank", "probes"))
+            assert torch.equal(value, before[name] if own else source.state_dict()[name]), name
+
+
+def test_the_part_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, MoCo("conv4", KWARGS, 1, projector_dim=16))
+    words = r"projector\.\S+ .*Give projector the sizes that the file was made with"
+    with pytest.raises(ValueError, match=words):
+        load_weights(MoCo("conv4", KWARGS, 1, projector_dim=8), path, made_anew=MoCo.made_anew)

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from timm import create_model
 from torch import nn
 
-from lightning_nrml.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
+from lightning_nrml.optim import LARS, OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
 
 
 def _net() -> nn.Sequential:
@@ -109,23 +110,74 @@ def test_every_group_falls_to_its_own_floor(lr: float, loss_lr: float, warmup: i
     assert both == [[a, b] for (a,), (b,) in zip(run(lr), run(loss_lr), strict=True)]
 
 
-def test_one_peak_has_torchs_curve_bit_for_bit_and_so_has_a_resumed_run() -> None:
+def test_one_peak_has_torchs_curve_and_a_resumed_run_the_same_bit_for_bit() -> None:
     def make() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
         return optimizer, create_schedule(ScheduleConfig("cosine", 5, 0.1), optimizer, 30)
 
     ours, schedule = make()
+    whole, whole_schedule = make()
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(other, 25, 0.3 * 0.1)
     start = torch.optim.lr_scheduler.LinearLR(other, 1 / 6, total_iters=5)
     torchs = torch.optim.lr_scheduler.SequentialLR(other, [start, cosine], [5])
     for step in range(30):
-        assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"], step
-        for part in (ours, schedule, other, torchs):
+        rate = ours.param_groups[0]["lr"]
+        assert rate == whole.param_groups[0]["lr"], step
+        assert rate == pytest.approx(other.param_groups[0]["lr"], rel=1e-12)
+        for part in (ours, schedule, whole, whole_schedule, other, torchs):
             part.step()
-        if step == 12:  # in the middle of the cosine
+        if step in (2, 12):  # in the warm-up, and in the middle of the cosine
             saved = ours.state_dict(), schedule.state_dict()
             ours, schedule = make()
             ours.load_state_dict(saved[0])
             schedule.load_state_dict(saved[1])
-    assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"] == pytest.approx(0.03)
+            assert schedule.get_last_lr() == [ours.param_groups[0]["lr"]]
+    assert ours.param_groups[0]["lr"] == pytest.approx(0.03)
+
+
+def test_a_run_that_is_made_longer_goes_on_where_a_run_of_that_length_would_be() -> None:
+    """And ends at the floor: torch's cosine climbs back to the peak."""
+
+    def make(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.3, 0.02)]
+        optimizer = torch.optim.SGD(groups)
+        return optimizer, create_schedule(ScheduleConfig("cosine", 4, 0.1), optimizer, steps)
+
+    def run(part: tuple, steps: int) -> list[list[float]]:
+        rates = []
+        for _ in range(steps):
+            rates.append([group["lr"] for group in part[0].param_groups])
+            part[0].step()
+            part[1].step()
+        return rates
+
+    short = make(20)
+    run(short, 20)
+    assert short[1].get_last_lr() == pytest.approx([0.03, 0.002])
+    longer = make(50)
+    longer[0].load_state_dict(short[0].state_dict())
+    longer[1].load_state_dict(short[1].state_dict())
+    assert run(longer, 30) == run(make(50), 50)[20:]
+    assert longer[1].get_last_lr() == pytest.approx([0.03, 0.002])
+    run(longer, 7)  # beyond the end it stays there
+    assert longer[1].get_last_lr() == pytest.approx([0.03, 0.002])
+
+
+@pytest.mark.parametrize("name", ["lars", "LARS", "Lars"])
+def test_lars_is_ours_however_it_is_spelled(name: str) -> None:
+    assert type(create_optimizer(OptimizerConfig(name=name), nn.Linear(3, 3))) is LARS
+
+
+def test_what_a_backbone_excepts_has_no_weight_decay() -> None:
+    net = create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    model = nn.ModuleDict({"backbone": net})
+    for decay_all in (False, True):
+        config = OptimizerConfig("lars", weight_decay=0.1, decay_all=decay_all)
+        groups = create_optimizer(config, model).param_groups
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        adapted = {id(p) for group in groups if group["adapt"] for p in group["params"]}
+        assert decayed == adapted
+        for p in (net.cls_token, net.pos_embed, net.norm.bias):
+            assert (id(p) in decayed) is decay_all
+        assert id(net.head.weight) in decayed
