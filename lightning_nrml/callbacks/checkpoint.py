@@ -109,9 +109,19 @@ class BestCheckpoint(ModelCheckpoint):
         """Say so if the run ends without a best checkpoint."""
         super().on_train_end(trainer, pl_module)
         if not self.best_model_path and not getattr(trainer, "fast_dev_run", False):
-            known = [name for name, start in LOGGED_BY.items() if str(self.monitor).startswith(start)]
-            mend = f"Add the {known[0]} callback" if known else "Log it from your module or a callback"
-            rank_zero_info(
-                f"No best.ckpt was written: nothing logged '{self.monitor}'. {mend}, or set "
-                "checkpoint_best.monitor to a metric that is logged."
+            rank_zero_info(f"No best.ckpt was written: {self._why_none(trainer)}")
+
+    def _why_none(self, trainer: Trainer) -> str:
+        known = [name for name, start in LOGGED_BY.items() if str(self.monitor).startswith(start)]
+        attached = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        if attached & set(known) and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed:
+            every = trainer.check_val_every_n_epoch
+            return (
+                f"the run had no validation: it ended before trainer.check_val_every_n_epoch ({every}), or "
+                "the data have no validation split, or limit_val_batches is 0."
             )
+        mend = f"Add the {known[0]} callback" if known else "Log it from your module or a callback"
+        return (
+            f"nothing logged '{self.monitor}'. {mend}, or set checkpoint_best.monitor to a metric that is "
+            "logged."
+        )

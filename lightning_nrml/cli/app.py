@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 import zipfile
@@ -21,6 +22,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lightning_nrml.callbacks.predictions import PredictionWriter
@@ -326,6 +328,10 @@ def run(args: list[str]) -> int:
         args = expand_configs(args)
         without_advertisements()
         NRMLCLI(args)
+    except SIGTERMException:  # a SystemExit without a code, which a shell would take for success
+        hint = " Go on with the same command and --ckpt_path last." if "fit" in args[:1] else ""
+        print(f"nrml: stopped by SIGTERM.{hint}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except SystemExit as stop:  # --help, --print_config, Ctrl-C
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

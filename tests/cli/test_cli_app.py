@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_nrml.callbacks.checkpoint import LastCheckpoint
 from lightning_nrml.callbacks.run_card import readable
 from lightning_nrml.cli import NRMLCLI
 from lightning_nrml.cli.app import without_known_deprecations
@@ -129,6 +132,35 @@ def test_metric_that_nobody_logs(nrml, folder, caplog, monitor, mend):
     assert f"nothing logged '{monitor}'. {mend}" in caplog.text
     assert not (folder / "runs/tiny/checkpoints/best.ckpt").exists()
     assert (folder / "runs/tiny/checkpoints/last.ckpt").exists()
+
+
+def test_no_best_checkpoint_without_a_validation(nrml, folder, caplog):
+    """The callback that would log the metric is there, so it is not what to add."""
+    args = ["--trainer.max_epochs=1", "--trainer.default_root_dir=runs/q", "--trainer.accelerator=cpu"]
+    args += ["--model.init_args.schedule.warmup_steps=2", "--trainer.check_val_every_n_epoch=7"]
+    with caplog.at_level("INFO"):
+        assert nrml("fit", "--config", "quickstart", *args)[0] == 0
+    assert "No best.ckpt was written: the run had no validation: it ended before" in caplog.text
+    assert "check_val_every_n_epoch (7)" in caplog.text
+
+
+def test_a_run_that_is_terminated_says_how_to_go_on(nrml, folder, monkeypatch):
+    """And does not look like success to the shell."""
+    real = LastCheckpoint.on_train_epoch_end
+
+    def end(self, trainer, pl_module):
+        real(self, trainer, pl_module)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", end)
+    code, _, err = nrml(*FIT)
+    assert code == 143
+    assert "nrml: stopped by SIGTERM. Go on with the same command and --ckpt_path last." in err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert nrml(*FIT, "--ckpt_path=last")[0] == 0
+    saved = torch.load(folder / "runs/tiny/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
 
 
 @pytest.mark.parametrize("verb", ["test", "validate", "predict"])
