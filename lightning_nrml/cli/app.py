@@ -32,6 +32,7 @@ from lightning_nrml.callbacks.summary import FitSummary
 from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
+from lightning_nrml.cli.nulls import understand_nested_null
 from lightning_nrml.cli.recipes import config_arguments, expand_configs
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
@@ -69,6 +70,7 @@ class NRMLCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         load_classes()
+        understand_nested_null()
         given = expand_configs(sys.argv[1:] if args is None else args)
         self.arguments = with_run(given)
         self.run_folder = Path("runs")

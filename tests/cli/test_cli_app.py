@@ -330,3 +330,23 @@ def test_margin_loss_by_its_name_learns_a_boundary_per_class(nrml, folder):
     assert moved.shape == (10,)
     assert 1e-3 < float(moved.min()) <= float(moved.max()) < 0.06
     assert len(set(moved.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--data.init_args.train_view.init_args.mean", "null"],
+        ["--data.train_view.mean=null"],
+        ["--data.init_args.train_view.init_args={mean: null, std: [0.5]}"],
+    ],
+)
+def test_null_for_an_argument_of_a_view(nrml, folder, given):
+    (folder / "d.yaml").write_text(
+        "data:\n  class_path: DigitsDataModule\n  init_args:\n    train_view: {class_path: MetricView, "
+        "init_args: {size: 8, mean: [0.1], std: [0.2]}}\nmodel: {class_path: MetricLearning}\n"
+    )
+    code, text, err = nrml("fit", "--config", "d.yaml", *given, "--print_config")
+    assert code == 0, err
+    view = yaml.safe_load(text)["data"]["init_args"]["train_view"]["init_args"]
+    assert view["mean"] is None
+    assert view["std"] == ([0.5] if "0.5" in given[0] else [0.2])
