@@ -221,6 +221,8 @@ def test_labels_that_form_one_group_are_taken_for_right():
 def test_weights_follow_the_score_after_the_warm_up(weighting):
     scene, part = Scene(), prism(weighting=weighting, warmup_steps=5)
     for step, selection in enumerate(scene.live(part, 60)):
+        # while all is kept, the groups start anew from the given labels after every batch
+        assert bool((part.groups.rate == 0.1).all()) is (step < 5)
         if step < 5:
             assert (selection.weight == 1).all()
             assert selection.threshold.isnan()
