@@ -135,7 +135,7 @@ class _Schedule(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Where the run is; how long it is, and so its rate, is this run's."""
         self.last_epoch = int(state_dict["last_epoch"])
-        self._step_count = int(state_dict["_step_count"])
+        self._step_count = int(state_dict.get("_step_count", self.last_epoch + 1))
         groups = self.optimizer.param_groups
         self.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
         rates = zip(self.base_lrs, self.lr_lambdas, strict=True)

@@ -164,6 +164,27 @@ def test_a_run_that_is_made_longer_goes_on_where_a_run_of_that_length_would_be()
     assert longer[1].get_last_lr() == pytest.approx([0.03, 0.002])
 
 
+def test_a_schedule_of_torch_that_was_saved_is_gone_on_with() -> None:
+    """As earlier versions saved it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    start = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 6, total_iters=5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 25)
+    torchs = torch.optim.lr_scheduler.SequentialLR(optimizer, [start, cosine], [5])
+    for _ in range(9):
+        optimizer.step()
+        torchs.step()
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    ours = create_schedule(ScheduleConfig("cosine", 5), other, 30)
+    other.load_state_dict(optimizer.state_dict())
+    ours.load_state_dict(torchs.state_dict())
+    assert ours.get_last_lr() == pytest.approx(torchs.get_last_lr())
+    other.step()
+    ours.step()
+    optimizer.step()
+    torchs.step()
+    assert ours.get_last_lr() == pytest.approx(torchs.get_last_lr())
+
+
 @pytest.mark.parametrize("name", ["lars", "LARS", "Lars"])
 def test_lars_is_ours_however_it_is_spelled(name: str) -> None:
     assert type(create_optimizer(OptimizerConfig(name=name), nn.Linear(3, 3))) is LARS
