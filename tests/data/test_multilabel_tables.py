@@ -44,6 +44,9 @@ def test_an_image_in_two_rows_is_named_however_it_is_spelled(tmp_path, other):
     table = frame([*(f"{i}.png" for i in range(7)), name])
     with pytest.raises(ValueError, match=r"0\.png.*rows 0 and 7.*keep one row per image"):
         make(tmp_path, table).num_classes
+    if other != "absolute":  # no folder need be known, so tables of noise are checked, too
+        with pytest.raises(ValueError, match=r"labels\.csv: image .* rows 0 and 7, there as '0\.png'"):
+            read_multilabel_table(tmp_path / "labels.csv")
 
 
 def test_names_may_lack_the_suffix_and_be_surrounded_by_blanks(tmp_path):
