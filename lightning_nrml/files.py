@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and lists of names."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(part, path)  # the same folder, so the same file system
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file in UTF-8, with or without the mark that Windows programs put before it, stripped.
+
+    Raises:
+        ValueError: another encoding; names the file.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it so"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lightning_nrml.files import whole_file, write_frame, write_text
+from lightning_nrml.files import read_lines, whole_file, write_frame, write_text
+
+
+def test_lines_of_any_editor(tmp_path):
+    file = tmp_path / "list.txt"
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
+        file.write_bytes(f"ä{end} b {end}{end}".encode(encoding))
+        assert read_lines(file) == ["ä", "b", "", ""]
+    file.write_bytes("ok\nä".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list\.txt is not in UTF-8 \(.* at byte 3\); save it so"):
+        read_lines(file)
 
 
 def test_the_old_content_stays_until_the_end(tmp_path):

@@ -12,6 +12,7 @@ from lightning_nrml.audit.neighbours import Neighbours
 from lightning_nrml.audit.report import Images
 from lightning_nrml.audit.scores import Evidence
 from lightning_nrml.audit.table import Rule
+from lightning_nrml.data.multilabel_writing import check_label_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,9 @@ class AuditData:
         paths: N names of images.
         clean_label: true labels of the same shape, -1 = none of the classes; used for measuring only.
         images: pixels by index, for thumbnails.
+
+    Raises:
+        ValueError: two of several labels have one name, or one is called like a remark.
     """
 
     label: Tensor
@@ -73,6 +77,10 @@ class AuditData:
     paths: list[str] | None = None
     clean_label: Tensor | None = None
     images: Images | None = None
+
+    def __post_init__(self) -> None:
+        if self.label.ndim == 2 and self.class_names is not None:
+            check_label_names(self.class_names, "the corrected table")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_nrml.audit.data import AuditData
 from lightning_nrml.audit.scores import AuditScores
 from lightning_nrml.audit.table import MARKS, class_noise
+from lightning_nrml.data.multilabel_writing import multilabel_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +30,7 @@ def label_entries(data: AuditData) -> AuditData:
 
     Class ``2 c`` is "no <label c>", class ``2 c + 1`` is "<label c>"; paths are ``<path>#<label c>``.
     """
-    labels = data.label.shape[1]
-    names = data.class_names or [str(c) for c in range(labels)]
+    labels, names = data.label.shape[1], label_names(data)
     images, paths = data.images, data.paths
     return replace(
         data,
@@ -107,26 +107,36 @@ def corrected_samples(corrected: pd.DataFrame, data: AuditData) -> pd.DataFrame:
     Relabelled entries are turned. A dropped one cannot be left out of such a table: it stays as given, and
     ``doubted`` names it. ``clean_known`` is there where the truth is known.
     """
-    import pandas as pd
-
     rows, labels = data.label.shape
-    names = data.class_names or [str(c) for c in range(labels)]
+    names = label_names(data)
     by_entry = corrected.sort_values("index")
     value = (by_entry["label"].to_numpy() % 2).reshape(rows, labels)
     dropped = (by_entry["action"] == "dropped").to_numpy().reshape(rows, labels)
-    first = {"index": np.arange(rows)} if data.paths is None else {"path": data.paths}
-    table = pd.DataFrame({**first, **{name: value[:, c] for c, name in enumerate(names)}})
     named = np.asarray(names, dtype=object)
+    paths = sample_paths(data)
+    key, column = (range(rows), "index") if paths is None else (paths, "path")
+    table = multilabel_frame(key, value, names, column)
     table["doubted"] = [";".join(named[row]) for row in dropped]
     return table if data.clean_label is None else table.assign(clean_known=True)
+
+
+def label_names(data: AuditData) -> list[str]:
+    """Names of the L labels, or their numbers."""
+    return data.class_names or [str(c) for c in range(data.label.shape[1])]
+
+
+def sample_paths(data: AuditData) -> list[str] | None:
+    """Names of the images, if they tell the samples apart."""
+    paths = data.paths
+    return None if paths is None or len(set(paths)) < len(paths) else paths
 
 
 def reviewed_entries(review: str | os.PathLike[str], data: AuditData) -> pd.DataFrame | None:
     """The marks in a label table that a report of multi-label data saved, as rows for single entries.
 
     Args:
-        review: CSV with ``path`` or ``index``, a column for each label, ``doubted`` and ``marks``, such as
-            ``3:wrong 7:right`` (positions of labels).
+        review: CSV with ``path`` or ``index`` first, a column for each label, ``doubted`` and ``marks``, such
+            as ``3:wrong 7:right`` (positions of labels).
         data: the samples.
 
     Returns:
@@ -138,15 +148,15 @@ def reviewed_entries(review: str | os.PathLike[str], data: AuditData) -> pd.Data
     """
     import pandas as pd
 
-    table = pd.read_csv(review, keep_default_na=False, dtype={"path": str})
+    table = pd.read_csv(review, keep_default_na=False, dtype={0: str})
     if "marks" not in table.columns:
         return None
     rows, labels = data.label.shape
-    names = data.class_names or [str(c) for c in range(labels)]
-    key = "path" if "path" in table.columns else "index"
-    known = {name: i for i, name in enumerate(data.paths or [])} if key == "path" else range(rows)
+    names = label_names(data)
+    by_index = str(table.columns[0]).rstrip("_") == "index"
+    known = {name: i for i, name in enumerate(map(str, range(rows)) if by_index else data.paths or [])}
     out = []
-    for line, (name, marks) in enumerate(zip(table[key].tolist(), table["marks"].astype(str), strict=True)):
+    for line, (name, marks) in enumerate(zip(table.iloc[:, 0], table["marks"].astype(str), strict=True)):
         for text in marks.split():
             position, _, mark = text.partition(":")
             c = int(position) if position.isdecimal() else labels

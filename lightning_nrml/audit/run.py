@@ -21,6 +21,7 @@ from lightning_nrml.audit.labels import (
     label_entries,
     label_rates,
     reviewed_entries,
+    sample_paths,
 )
 from lightning_nrml.audit.ledger import find_label_ledger, from_label_ledger, from_ledger, ledger_names
 from lightning_nrml.audit.neighbours import trusted_neighbours
@@ -216,9 +217,11 @@ def _write(
     if samples is None:
         files["corrected"] = write_both(folder, CORRECTED, corrected)
     else:
-        report.labels, report.sample_paths = samples.num_classes, samples.paths
+        report.labels, report.sample_paths = samples.num_classes, sample_paths(samples)
         wide = corrected_samples(corrected, samples)
-        files["corrected"] = write_both(folder, CORRECTED, wide, column=str(wide.columns[1]))
+        files["corrected"] = folder / f"{CORRECTED}.csv"
+        for suffix in (".parquet", ".csv"):
+            write_frame(files["corrected"].with_suffix(suffix), wide)
         rates = label_rates(frame, report.calibrated)
         files["rates"] = folder / f"{RATES}.csv"
         write_frame(files["rates"], rates)

@@ -214,7 +214,7 @@ def apply_review(table: pd.DataFrame, review: str | os.PathLike[str] | pd.DataFr
     return out.reset_index()
 
 
-def write_both(folder: Path, stem: str, frame: pd.DataFrame, column: str = "label") -> Path:
+def write_both(folder: Path, stem: str, frame: pd.DataFrame) -> Path:
     """``<stem>.parquet`` and ``<stem>.csv``, each whole or not at all; returns the path of the CSV."""
-    write_label_table(folder / f"{stem}.parquet", frame, column)
-    return write_label_table(folder / f"{stem}.csv", frame, column)
+    write_label_table(folder / f"{stem}.parquet", frame)
+    return write_label_table(folder / f"{stem}.csv", frame)

@@ -78,6 +78,6 @@ def _load(root: Path, names: list[str]) -> np.ndarray:
     from lightning_nrml.data.sources import PICTURE, BadImageError, FileSource
 
     try:
-        return FileSource(find_images(names, root), 3, PICTURE).get(range(len(names))).numpy()
+        return FileSource(find_images(names, root, once=False), 3, PICTURE).get(range(len(names))).numpy()
     except BadImageError as error:
         raise UserError(f"--images {root} does not fit the ledger: {error}") from error

@@ -19,7 +19,7 @@ import numpy as np
 
 from lightning_nrml.data.bigearthnet_classes import Nomenclature, class_ids
 from lightning_nrml.data.splits import SPLIT_NAMES
-from lightning_nrml.files import whole_file
+from lightning_nrml.files import read_lines, whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -318,16 +318,16 @@ def read_list(file: Path) -> PatchList:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no list {file} of patches")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
+    lines = read_lines(file)
     while lines and not lines[-1]:
         lines.pop()
     cells = [line.split(",") for line in lines]
     width = len(cells[0]) if cells else 1
     for number, row in enumerate(cells, 1):
-        if len(row) != width or width > 2 or not all(row):
+        if len(row) != width or width > 2 or not all(row) or not lines[number - 1].isascii():
             raise ValueError(
-                f"{file}, line {number}: '{lines[number - 1]}'; a line is <Sentinel-2 name>, or <Sentinel-2 "
-                "name>,<Sentinel-1 name>, the same in all lines"
+                f"{file}, line {number}: {lines[number - 1]!a}; a line is <Sentinel-2 name>, or <Sentinel-2 "
+                "name>,<Sentinel-1 name>, the same in all lines, in ASCII"
             )
     s2 = np.asarray([row[0] for row in cells], dtype=np.bytes_)
     twice = first_duplicate(s2)

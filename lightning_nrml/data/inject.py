@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
-from lightning_nrml.data.multilabel_tables import write_multilabel_table
+from lightning_nrml.data.multilabel_writing import write_multilabel_table
 from lightning_nrml.data.noise import label_hash
 from lightning_nrml.data.noise_types import NoisyLabels
 from lightning_nrml.data.splits import Split, Splits, check_splits, combined_keep
@@ -69,7 +69,7 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
 
 def _columns(train: Split, noisy: NoisyLabels) -> dict[str, Any]:
     columns: dict[str, Any] = noisy.to_columns()
-    if train.paths is not None and len(set(train.paths)) == len(train.paths):
+    if train.paths is not None:
         columns["path"] = train.paths
     keep = combined_keep(train, noisy)
     if keep is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
-from lightning_nrml.data.tables import booleans
-from lightning_nrml.files import write_frame
+from lightning_nrml.data.tables import booleans, check_filled, shown
+from lightning_nrml.files import read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ class MultiLabelTable:
         images: N names of images as written, each once.
         label: ``(N, L)`` int64, 0 or 1.
         names: L names of labels.
-        split: N names of splits, if the table has such a column.
+        split: N names of splits ("" = none), if the table has such a column.
         clean_known: the labels that this table replaces are the truth (column ``clean_known``).
     """
 
@@ -52,7 +53,8 @@ def read_multilabel_table(
 
     Args:
         path: ``.csv``, ``.parquet``, or tab separated ``.txt`` / ``.tsv`` (UC Merced's).
-        image_column: column of the images; default the first, and in a table of an audit ``path``.
+        image_column: column of the images; default the first. Tables that an audit or ``nrml inject`` wrote
+            may have ``path`` or ``image`` in its place.
         label_columns: columns of the labels; default all others but the one of the splits and remarks
             (``doubted``, ``marks``, ``clean_known``).
         split_column: column of the splits; not needed.
@@ -60,33 +62,36 @@ def read_multilabel_table(
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown suffix, a missing column, an image in two rows, or an entry that is neither 0
-            nor 1; names file, row (from 0, without the header) and column. Also two columns of one name.
+            nor 1; names file, row (from 0, without the header) and column. Also two columns of one name, and
+            a label that is called like a remark.
     """
-    frame = _read(path)
+    frame = _read(path, image_column)
     columns = [str(c) for c in frame.columns]
-    frame.columns = columns  # type: ignore[assignment]
-    audited = image_column not in columns and columns[0] == "path"
-    image_column = columns[0] if image_column is None or audited else image_column
+    written = image_column not in columns and columns[0].rstrip("_") in ("path", "image")
+    image_column = columns[0] if image_column is None or written else image_column
     names = [c for c in columns if c not in (image_column, split_column, *REMARKS)]
     names = names if label_columns is None else list(label_columns)
     for column in (image_column, *names):
         if column not in columns:
             raise ValueError(f"{path} has no column '{column}'; its columns are {', '.join(columns)}")
+        if names.count(column) > 1:
+            raise ValueError(f"label_columns names '{column}' {names.count(column)} times; once will do")
     if len(columns) == 1 and ";" in columns[0]:
         raise ValueError(f"{path} has one column, '{columns[0]}': is ';' its separator? Save it with commas")
     if not names or not len(frame):
         raise ValueError(
             f"{path} has {len(frame)} rows and {len(names)} label columns; give at least one of each"
         )
-    images = [str(v) for v in frame[image_column]]
-    _check_once(images, path)
-    split = [str(v) for v in frame[split_column]] if split_column in columns else None
+    _check_remarks(frame, names if label_columns else [], path)
+    images = _images(frame, image_column, path)
+    split = _words(frame[split_column]) if split_column in columns else None
     label = _labels(frame, names, images, path)
     known = "clean_known" in columns and booleans(str(path), "clean_known", frame["clean_known"]).all()
     return MultiLabelTable(str(path), images, label, names, split, bool(known))
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path, image_column: str | None = None) -> pd.DataFrame:
+    """The table with names of columns as text, and the first and ``image_column`` as text in a CSV."""
     import pandas as pd
 
     suffix = path.suffix.lower()
@@ -96,11 +101,11 @@ def _read(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"no label table {path}; check path and table")
     try:
         if suffix == ".parquet":
-            return pd.read_parquet(path)
+            return pd.read_parquet(path).rename(columns=str)
         separator = "," if suffix == ".csv" else "\t"
         _check_header(path, separator)
-        # the first column may hold names such as 007
-        return pd.read_csv(path, sep=separator, dtype={0: str}, keep_default_na=False, na_values=[""])
+        texts = dict.fromkeys((0, image_column or 0), str)  # there may be names such as 007
+        return pd.read_csv(path, sep=separator, dtype=texts, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a label table: {error}") from error
 
@@ -116,14 +121,44 @@ def _check_header(path: Path, separator: str) -> None:
         raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
 
 
-def _check_once(images: Sequence[str], path: Path) -> None:
+def _check_remarks(frame: pd.DataFrame, labels: Sequence[str], path: Path) -> None:
+    """Refuse remarks as ``labels`` (empty = all columns): an audit would write over them."""
+    taken = [name for name in REMARKS if name in labels]
+    if not labels:
+        words = [name for name in ("doubted", "marks") if name in frame.columns]
+        taken = [name for name in words if np.isin(_numbers(frame, [name]), (0, 1)).all()]
+    if taken:
+        raise ValueError(f"{path}: '{taken[0]}' is a column of remarks, not of a label; rename the label")
+
+
+def _words(column: pd.Series) -> list[str]:
+    return ["" if empty else str(word) for word, empty in zip(column, column.isna(), strict=True)]
+
+
+def _images(frame: pd.DataFrame, column: str, path: Path) -> list[str]:
+    """Names of images without blanks around them, each once."""
+    check_filled(frame, column, path)
+    images = [str(name).strip() for name in frame[column]]
+    check_once(images, path)
+    return images
+
+
+def check_once(images: Sequence[str], path: Path) -> None:
+    """Refuse an image in two rows, also where it is spelled differently (``./0.png``)."""
+    row = _first_repeated([os.path.normpath(image) for image in images])
+    if row is not None:
+        before, again = row
+        spelled = "" if images[before] == images[again] else f", there as '{images[before]}'"
+        raise ValueError(
+            f"{path}: image '{images[again]}' stands in rows {before} and {again}{spelled}; keep one row per "
+            "image"
+        )
+
+
+def _first_repeated(values: Sequence[str]) -> tuple[int, int] | None:
+    """Positions of the first value that has occurred before."""
     seen: dict[str, int] = {}
-    for row, image in enumerate(images):
-        if image in seen:
-            raise ValueError(
-                f"{path}: image '{image}' stands in rows {seen[image]} and {row}; keep one row per image"
-            )
-        seen[image] = row
+    return next(((seen[v], i) for i, v in enumerate(values) if seen.setdefault(v, i) != i), None)
 
 
 def _numbers(frame: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
@@ -139,11 +174,9 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], images: Sequence[str], pa
     bad = (number != 0) & (number != 1)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        value = frame[names[column]].tolist()[row]  # plain Python values, which read better than NumPy's
-        shown = "an empty cell" if value is None or value != value else repr(value)
         raise ValueError(
-            f"{path}, row {row} ({images[row]}), column '{names[column]}': {shown} "
-            f"({int(bad.sum())} such); a label is 0 or 1"
+            f"{path}, row {row} ({images[row]}), column '{names[column]}': "
+            f"{shown(frame[names[column]], row)} ({int(bad.sum())} such); a label is 0 or 1"
         )
     return number.astype(np.int64)
 
@@ -163,8 +196,7 @@ def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, i
     frame = _read(path)
     if frame.shape[1] < 2 or not len(frame):
         raise ValueError(f"{path} needs rows, a column of image names and one with lists of label names")
-    images = [str(v) for v in frame.iloc[:, 0]]
-    _check_once(images, path)
+    images = _images(frame, frame.columns[0], path)
     label = np.zeros((len(images), len(names)), dtype=np.int64)
     for row, given in enumerate(frame.iloc[:, 1]):
         if isinstance(given, str) or not hasattr(given, "__iter__"):
@@ -178,50 +210,17 @@ def read_label_lists(path: Path, names: Sequence[str], spellings: Mapping[str, i
     return MultiLabelTable(str(path), images, label, list(names))
 
 
-def write_multilabel_table(
-    path: Path,
-    images: Sequence[str],
-    label: np.ndarray,
-    names: Sequence[str],
-    image_column: str = "image",
-    clean_known: bool = False,
-) -> None:
-    """Write what :func:`read_multilabel_table` reads, at once.
-
-    Args:
-        path: ``.csv`` or ``.parquet``; missing folders are made.
-        images: N names of images, each once.
-        label: ``(N, L)``, 0 or 1.
-        names: L names of labels, each once.
-        image_column: what to call the column of the images.
-        clean_known: say in a column that the labels which the table replaces are the truth.
-
-    Raises:
-        ValueError: an image or a label twice, or a label with the name of the images' column; nothing is
-            written then.
-    """
-    import pandas as pd
-
-    _check_once(images, path)
-    columns = [image_column, *names]
-    twice = [name for name in names if columns.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path} would have two columns '{twice[0]}'; rename the label")
-    frame = pd.DataFrame(label.astype(np.uint8), columns=list(names))
-    frame.insert(0, image_column, list(images))
-    if clean_known:
-        frame["clean_known"] = True
-    write_frame(path, frame)
-
-
-def read_scores(path: Path, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def read_scores(
+    path: Path, images: Sequence[str], names: Sequence[str], image_column: str | None = None
+) -> np.ndarray:
     """Scores of images and labels, ``(len(images), len(names))`` float64.
 
     Args:
-        path: ``.npy`` of that shape and order, or a table with a row per image, its name in the first column
+        path: ``.npy`` of that shape and order, or a table with a row per image, its name in ``image_column``
             and a column of numbers for every label; in any order, further rows and columns are not used.
         images: names of the images.
         names: names of the labels.
+        image_column: default, and where the table has no such column, the first.
 
     Raises:
         FileNotFoundError: no such file.
@@ -240,13 +239,13 @@ def read_scores(path: Path, images: Sequence[str], names: Sequence[str]) -> np.n
                 "labels"
             )
         return np.asarray(scores, dtype=np.float64)
-    frame = _read(path)
-    frame.columns = [str(c) for c in frame.columns]  # type: ignore[assignment]
+    frame = _read(path, image_column)
     lost = [name for name in names if name not in frame.columns]
     if lost:
         raise ValueError(f"{path} has no column '{lost[0]}'; it needs one for each label")
-    there = [str(v) for v in frame.iloc[:, 0]]
-    _check_once(there, path)
+    if image_column is None or image_column not in frame.columns:
+        image_column = str(frame.columns[0])
+    there = _images(frame, image_column, path)
     position = {image: row for row, image in enumerate(there)}
     absent = [image for image in images if image not in position]
     if absent:
@@ -279,8 +278,7 @@ def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict
         if not file.is_file():
             raise FileNotFoundError(f"no list {file} for the {split} split")
         found = []
-        for line, image in enumerate(file.read_text(encoding="utf-8").split("\n")):
-            image = image.strip()
+        for line, image in enumerate(read_lines(file)):
             if not image:
                 continue
             if image not in position:
@@ -301,8 +299,15 @@ def _rows_of_column(table: MultiLabelTable) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{table.source} has no column of splits; add one (train, val, test), or give lists in splits"
         )
+    for row, name in enumerate(table.split):
+        if name not in SPLIT_NAMES:
+            given = repr(name) if name else "an empty cell"
+            raise ValueError(
+                f"{table.source}, row {row} ({table.images[row]}): {given} is no split; accepted are "
+                f"{', '.join(SPLIT_NAMES)}"
+            )
     split = np.asarray(table.split)
-    _check_split_names(dict.fromkeys(split.tolist()), table.source)
+    _check_split_names(dict.fromkeys(table.split), table.source)
     return {name: np.flatnonzero(split == name) for name in SPLIT_NAMES if (split == name).any()}
 
 
@@ -314,28 +319,52 @@ def _check_split_names(names: Mapping[str, object], source: str) -> None:
         raise ValueError(f"{source}: there is no train split")
 
 
-def find_images(images: Sequence[str], root: Path) -> list[Path]:
+def find_images(images: Sequence[str], root: Path, once: bool = True) -> list[Path]:
     """The files behind the names of a table.
 
-    Names with a suffix are paths below ``root``; others are looked for in all folders below it. Names that
-    have no file are given as paths below ``root``, for the datamodule to refuse or skip.
+    Names with a suffix are paths below ``root``; others lack only the suffix if they name a folder, and are
+    looked for in all folders below ``root`` if not. Names that have no file are given as paths below
+    ``root``, for the datamodule to refuse or skip.
+
+    Args:
+        images: names.
+        root: folder of the images.
+        once: refuse two names of one file (links are not followed).
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: two files have the name of one image.
+        ValueError: two files have the name of one image, or two images one file.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root} of images; check path and images")
-    if all(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in images):
-        return [root / name for name in images]
-    wanted, found = set(images), dict[str, Path]()
+    files = [root / name for name in images]
+    if not all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        files = _searched(images, files, root)
+    twice = _first_repeated([os.path.normpath(file) for file in files]) if once else None
+    if twice is not None:
+        one, other = twice
+        raise ValueError(
+            f"images '{images[one]}' and '{images[other]}' (rows {one} and {other}) are one file, "
+            f"{files[one]}; keep one row per image"
+        )
+    return files
+
+
+def _searched(images: Sequence[str], files: Sequence[Path], root: Path) -> list[Path]:
+    """``files`` with the suffix and the folder that the names of ``images`` lack."""
+    keys = [
+        os.path.normpath(file) if os.path.dirname(name) else name
+        for name, file in zip(images, files, strict=True)
+    ]
+    wanted, found = dict(zip(keys, images, strict=True)), dict[str, Path]()
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() not in IMAGE_SUFFIXES or file.stem not in wanted:
+        if file.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        if file.stem in found:
-            raise ValueError(
-                f"image '{file.stem}' is both {found[file.stem]} and {file}; remove one, or write paths with "
-                "suffix into the table"
-            )
-        found[file.stem] = file
-    return [found.get(name, root / name) for name in images]
+        for key in {file.stem, os.path.normpath(file.with_suffix(""))} & wanted.keys():
+            if key in found:
+                raise ValueError(
+                    f"image '{wanted[key]}' is both {found[key]} and {file}; remove one, or write paths with "
+                    "suffix into the table"
+                )
+            found[key] = file
+    return [found.get(key, file) for key, file in zip(keys, files, strict=True)]

@@ -60,6 +60,9 @@ class MultiLabelRemoteSensing(RemoteSensing):
         kwargs: see :class:`RemoteSensing`; ``m_per_class`` and ``epoch_length`` need single labels.
     """
 
+    #: column of the names of images in tables; ``None`` = the first
+    image_column: str | None = None
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.m_per_class is not None:
@@ -77,7 +80,7 @@ class MultiLabelRemoteSensing(RemoteSensing):
             scores = None
             if self.noise.scores is not None:
                 file = Path(self.noise.scores).expanduser()
-                scores = read_scores(file, train.paths, self._label_names)
+                scores = read_scores(file, train.paths, self._label_names, self.image_column)
             return apply_multilabel_noise(train.label, self.noise, self._label_names, scores)
         noisy = self.read_table(Path(self.noise.table).expanduser())
         names = self._label_order(noisy)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.noise import NoisyLabels, renumbering
 from lightning_nrml.data.sources import FileSource, Fit
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
-from lightning_nrml.data.tables import booleans
+from lightning_nrml.data.tables import booleans, check_filled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +25,9 @@ class TableDataModule(NRMLDataModule):
 
     Labels are class names or integers; classes are numbered in sorted order. ``split`` holds "train",
     "val" or "test"; without it all rows train and there is nothing to evaluate on, which is enough to
-    audit labels. With ``clean_label``, train uses ``label`` and evaluation the clean ones; a split whose
-    clean labels are unknown (empty, or -1 where that is no class) uses ``label`` and cannot be measured
-    against the truth.
+    audit labels. An image belongs to one split. With ``clean_label``, train uses ``label`` and evaluation
+    the clean ones; a split whose clean labels are unknown (empty, or -1 where that is no class) uses
+    ``label`` and cannot be measured against the truth.
 
     Args:
         path: ``.csv`` or ``.parquet`` file.
@@ -67,7 +70,7 @@ class TableDataModule(NRMLDataModule):
 
     def load_splits(self) -> Splits:
         table = Path(self.path).expanduser()
-        frame = read_table(table, self.path_column)
+        frame = read_table(table, self.path_column, (self.label_column, self.clean_label_column))
         for column in (self.path_column, self.label_column):
             if column not in frame.columns:
                 there = ", ".join(map(str, frame.columns))
@@ -83,7 +86,9 @@ class TableDataModule(NRMLDataModule):
             self._check_known((clean >= 0) | wrong, rows, table)
         root = table.parent if self.root is None else Path(self.root).expanduser()
         paths = frame[self.path_column].astype(str).tolist()
-        images = FileSource([root / p for p in paths], self.channels, self.image_size, self.fit)
+        files = [root / p for p in paths]
+        check_once(files, rows, label, table)
+        images = FileSource(files, self.channels, self.image_size, self.fit)
         keep = None
         if self.keep_column in frame.columns:
             keep = booleans(str(table), self.keep_column, frame[self.keep_column])
@@ -116,8 +121,36 @@ class TableDataModule(NRMLDataModule):
                 )
 
 
-def read_table(path: Path, path_column: str) -> pd.DataFrame:
-    """Read a ``.csv`` or ``.parquet`` file; ``path_column`` as text.
+def check_once(files: Sequence[Path], rows: Mapping[str, np.ndarray], label: np.ndarray, table: Path) -> None:
+    """Refuse an image in two splits; warn of one in several rows of a split.
+
+    Twice in a split costs nothing that the user may not want: it weighs more, or has two labels, which is
+    noise. Spelled differently it is still the same file; links are not followed.
+    """
+    first: dict[str, tuple[str, int]] = {}
+    again = []
+    for split, at in rows.items():
+        for row in at.tolist():
+            other, before = first.setdefault(os.path.normpath(files[row]), (split, row))
+            if other != split:
+                raise ValueError(
+                    f"{table}: the image of row {row} ({split}) is that of row {before} ({other}), "
+                    f"{files[before]}; an image belongs to one split, remove one of the rows"
+                )
+            if before != row:
+                again.append((before, row))
+    if again:
+        differ = sum(int(label[before] != label[row]) for before, row in again)
+        before, row = again[0]
+        warnings.warn(
+            f"{table}: {len(again)} rows have the image of an earlier row, {differ} of them with another "
+            f"label; the first is row {row}, whose image is that of row {before}, {files[before]}",
+            stacklevel=2,
+        )
+
+
+def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a ``.csv`` or ``.parquet`` file; ``path_column`` as text, and labels such as 01.
 
     Raises:
         FileNotFoundError: no such file.
@@ -132,20 +165,26 @@ def read_table(path: Path, path_column: str) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)
-        # a class may be called "NA": only empty cells are missing; an image may be called "007"
-        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={path_column: str})
+        # a class may be called "NA": only empty cells are missing; an image or a class may be called "007"
+        texts = dict.fromkeys((path_column, *label_columns), str)
+        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    labels = [column for column in label_columns if column in frame.columns]
+    if not any(frame[column].str.match(r"\s*[+-]?0\d", na=False).any() for column in labels):
+        for column in labels:
+            frame[column] = _numbers_if_all(frame[column])
+    return frame
 
 
-def check_filled(frame: pd.DataFrame, column: str, table: Path) -> None:
-    """Refuse missing values, naming the first row (from 0, without the header)."""
-    missing = frame[column].isna().to_numpy()
-    if missing.any():
-        raise ValueError(
-            f"{table}, column '{column}', row {int(np.argmax(missing))}: empty ({int(missing.sum())} such); "
-            "fill it or remove the row"
-        )
+def _numbers_if_all(column: pd.Series) -> pd.Series:
+    """Text as numbers if every cell is one."""
+    import pandas as pd
+
+    try:
+        return pd.to_numeric(column)
+    except ValueError:
+        return column
 
 
 def number_classes(

@@ -5,7 +5,7 @@ Columns (others are kept and not looked at):
 | column | holds |
 |---|---|
 | ``index`` | position in the training set, from 0; unique |
-| ``path`` | path of the image as the dataset names it; unique; instead of or beside ``index`` |
+| ``path`` | path of the image as the dataset names it; instead of ``index`` (then unique) or beside it |
 | ``label`` | given class id, from 0; -1 = unlabelled |
 | ``clean_label`` | true class id, for measurement only; -1 = unknown |
 | ``weight`` | in [0, 1] |
@@ -45,9 +45,25 @@ def _fail(source: str, column: str, bad: np.ndarray, values: pd.Series, need: st
     """Raise for the first row where ``bad``; rows count from 0 without the header."""
     if bad.any():
         row = int(np.argmax(bad))
-        value = values.tolist()[row]  # plain Python values, which read better than NumPy's
-        shown = "an empty cell" if value is None or value != value else repr(value)
-        raise ValueError(f"label table '{source}', column '{column}', row {row}: {shown}; {need}")
+        raise ValueError(
+            f"label table '{source}', column '{column}', row {row}: {shown(values, row)}; {need}"
+        )
+
+
+def shown(values: pd.Series, row: int) -> str:
+    """A cell in a message."""
+    value = values.tolist()[row]  # plain Python values, which read better than NumPy's
+    return "an empty cell" if values.isna().iloc[row] else repr(value)
+
+
+def check_filled(frame: pd.DataFrame, column: str, source: str | Path) -> None:
+    """Refuse missing and blank values, naming the first row (from 0, without the header)."""
+    missing = (frame[column].isna() | (frame[column].astype(str).str.strip() == "")).to_numpy()
+    if missing.any():
+        raise ValueError(
+            f"{source}, column '{column}', row {int(np.argmax(missing))}: empty ({int(missing.sum())} such); "
+            "fill it or remove the row"
+        )
 
 
 def _integers(source: str, column: str, values: pd.Series, minimum: int) -> np.ndarray:
@@ -109,7 +125,8 @@ def _validated(frame: pd.DataFrame, source: str, column: str) -> pd.DataFrame:
         empty = frame["path"].isna().to_numpy()
         _fail(source, "path", empty, frame["path"], "every row needs a path (or drop the column)")
         frame["path"] = frame["path"].astype(str)
-        _check_unique(source, "path", frame["path"])
+        if "index" not in frame.columns:  # which tells samples of one image apart
+            _check_unique(source, "path", frame["path"])
     return frame
 
 
@@ -162,7 +179,8 @@ def match_rows(
         ``(N,)`` int64, so that ``frame.iloc[rows]`` is in the dataset's order.
 
     Raises:
-        ValueError: rows are missing or belong to no sample, or the table has paths only and the dataset none.
+        ValueError: rows are missing or belong to no sample, or the table has paths only and the dataset none,
+            or one of two samples.
     """
     if "index" in frame.columns:
         index = frame["index"].to_numpy()
@@ -175,7 +193,13 @@ def match_rows(
             "give a column 'index' instead"
         )
     else:
-        position = {str(name): i for i, name in enumerate(path)}
+        position: dict[str, int] = {}
+        for i, name in enumerate(path):
+            if position.setdefault(str(name), i) != i:
+                raise ValueError(
+                    f"label table '{source}' names samples by path, but '{name}' is the path of the samples "
+                    f"{position[str(name)]} and {i}; give a column 'index' instead"
+                )
         index = np.asarray([position.get(name, -1) for name in frame["path"]], dtype=np.int64)
         need = f"no such path in the training set, whose first is '{next(iter(position), '')}'"
         _fail(source, "path", index < 0, frame["path"], need)

@@ -136,6 +136,41 @@ def test_marks_of_a_person_win(found, tmp_path):
     assert (wide[NAMES] != plain[NAMES]).to_numpy().sum() == 1
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("with_paths", [True, False])
+def test_labels_may_be_called_like_columns_of_a_label_table(scene, tmp_path, suffix, with_paths):
+    z, given, _ = scene
+    names = ["path", "keep", "index", "weight"]
+    described = AuditData(given, L, names, [f"{i}.png" for i in range(N)] if with_paths else None)
+    result = audit(z, described, tmp_path, AuditOptions(rule="relabel", gallery=3))
+    read = read_multilabel_table(
+        result.files["corrected"].with_suffix(f".{suffix}"), "file" if with_paths else None
+    )
+    wanted = result.corrected.sort_values("index")["label"].to_numpy().reshape(N, L) % 2
+    assert (read.names, read.label.tolist()) == (names, wanted.tolist())
+    assert read.images[1:3] == (["1.png", "2.png"] if with_paths else ["1", "2"])
+    # as the report saves it
+    frame = pd.read_csv(result.files["corrected"]).assign(marks="")
+    frame.loc[7, "marks"] = "1:right 2:unsure"
+    frame.to_csv(tmp_path / "review.csv", index=False)
+    assert reviewed_entries(tmp_path / "review.csv", described)["index"].tolist() == [7 * L + 1, 7 * L + 2]
+
+
+def test_samples_of_one_image_are_told_apart_by_index(scene, tmp_path):
+    z, given, _ = scene
+    described = AuditData(given, L, NAMES, ["0.png"] * 2 + [f"{i}.png" for i in range(2, N)])
+    result = audit(z, described, tmp_path, AuditOptions(gallery=3))
+    wide = pd.read_csv(result.files["corrected"])
+    assert (wide.columns[0], wide["index"].tolist()) == ("index", list(range(N)))
+    assert embedded(result.files["report"])["paths"] is None
+
+
+@pytest.mark.parametrize("names", [["tree", "car", "ship", "marks"], ["tree", "car", "ship", "car"]])
+def test_names_that_no_table_can_hold_are_told_before_the_work(scene, names):
+    with pytest.raises(ValueError, match=f"would have two columns '{names[3]}'; rename the label"):
+        AuditData(scene[1], L, names)
+
+
 def embedded(page: Path) -> dict:
     text = page.read_text(encoding="utf-8")
     return json.loads(

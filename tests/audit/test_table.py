@@ -10,10 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_nrml.audit import apply_review, audit_ledger, audit_table, corrected_labels, from_ledger
+from lightning_nrml.audit import (
+    AuditData,
+    AuditOptions,
+    apply_review,
+    audit,
+    audit_ledger,
+    audit_table,
+    corrected_labels,
+    from_ledger,
+)
 from lightning_nrml.audit.table import class_noise, write_both
 from lightning_nrml.callbacks.ledger_file import ledger_frame, write_ledger
 from lightning_nrml.data import DigitsDataModule, NoiseConfig, TableDataModule
+from lightning_nrml.data.tables import read_label_table
 from lightning_nrml.memory import SampleLedger
 
 
@@ -87,6 +97,27 @@ def test_table_datamodule_reads_the_corrected_table(tmp_path):
         drawn = sorted(int(i) for batch in data.train_dataloader() for i in batch["index"])
         assert drawn == [0, 1, 3]
     assert own.class_names == ["ant", "bee", "cat"]
+
+
+def test_an_image_in_two_rows_is_audited_like_any_other(tmp_path):
+    """In its run nothing is lost, and its corrected labels are a set of their own."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    paths = [*(f"{i}.png" for i in range(12)), "0.png"]
+    label = torch.arange(13) % 2
+    data = AuditData(label, 2, ["a", "b"], paths)
+    embedding = torch.from_numpy(rng.normal(size=(13, 4)).astype(np.float32)) + 3 * label[:, None]
+    result = audit(embedding, data, tmp_path / "audit", AuditOptions(k=3, gallery=2))
+    for name in ("table", "corrected"):
+        for suffix in (".csv", ".parquet"):
+            back = read_label_table(result.files[name].with_suffix(suffix)).sort_values("index")
+            assert back["path"].tolist() == paths
+    (tmp_path / "set.csv").write_text("path,label\n" + "".join(f"{p},{i % 2}\n" for i, p in enumerate(paths)))
+    for noise in (None, str(result.files["corrected"])):
+        with pytest.warns(UserWarning, match="1 rows have the image of an earlier row, 0 of them"):
+            again = TableDataModule(str(tmp_path / "set.csv"), noise=noise, image_size=8).train_label
+        assert again.tolist() == label.tolist()
 
 
 def test_corrected_table_replaces_injected_noise_and_measures_what_is_kept(tmp_path):

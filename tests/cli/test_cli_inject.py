@@ -164,6 +164,19 @@ def test_dissolved_classes_stay_dissolved_in_a_set_of_its_own(tmp_path) -> None:
     assert [row["clean"] for row in summary["classes"]] == [10, 10, 10]
 
 
+def test_samples_of_one_image_keep_their_name(tmp_path) -> None:
+    frame = pd.DataFrame({"path": [f"{i % 10}.png" for i in range(12)], "label": np.arange(12) % 2})
+    frame.to_csv(tmp_path / "set.csv", index=False)
+    for path in frame["path"]:
+        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    data = TableDataModule(str(tmp_path / "set.csv"), noise=NoiseConfig("symmetric", 0.5), image_size=4)
+    with pytest.warns(UserWarning, match="2 rows have the image of an earlier row"):
+        write_noisy_labels(data, tmp_path / "noisy.csv")
+    with pytest.warns(UserWarning, match="2 rows have the image of an earlier row"):
+        read = TableDataModule(str(tmp_path / "noisy.csv"), image_size=4).train_paths
+    assert read == frame["path"].tolist()
+
+
 def test_samples_left_out_stay_out(tmp_path) -> None:
     frame = pd.DataFrame({"path": [f"{i}.png" for i in range(12)], "label": np.arange(12) % 3})
     frame["keep"] = np.arange(12) % 4 > 0

@@ -118,13 +118,18 @@ def test_bad_lists_and_json_are_named(tmp_path) -> None:
         ),
         ("test", "", "test split is empty"),
         ("test", f"{s2[4]},a,b", "line 1: .*a line is <Sentinel-2 name>"),
+        ("test", f"\ufeff{s2[4]}\nS2A_ä\n", r"test.csv, line 2: 'S2A_\\xe4'; a line is .* in ASCII"),
     ):
         for split, usual in lists.items():
-            (tmp_path / f"bigearthnet-{split}.csv").write_text(text if split == name else usual)
+            (tmp_path / f"bigearthnet-{split}.csv").write_text(
+                text if split == name else usual, encoding="utf-8"
+            )
         with pytest.raises(ValueError, match=words):
             module(tmp_path, tmp_path / "cache", nomenclature=43).splits
     for split, usual in lists.items():
-        (tmp_path / f"bigearthnet-{split}.csv").write_text(usual)
+        (tmp_path / f"bigearthnet-{split}.csv").write_text(f"\ufeff{usual}", encoding="utf-8")
+    data = module(tmp_path, tmp_path / "cache", nomenclature=43)
+    assert data.train_paths[0] == s2[0], "the mark that Windows programs put before a list is no part of it"
     for kwargs, words in (
         ({"splits": {"val": "bigearthnet-val.csv"}}, "there is no train split"),
         ({"splits": {"train": "bigearthnet-train.csv", "dev": "bigearthnet-val.csv"}}, "'dev' is no split"),

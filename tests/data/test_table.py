@@ -152,6 +152,52 @@ def test_what_does_not_fit_is_named(images, data, error, message):
         table(images, data).num_classes
 
 
+@pytest.mark.parametrize("again", ["img/0.png", "./img/0.png", "absolute"])
+def test_an_image_belongs_to_one_split(images, again):
+    name = str(images / "img" / "0.png") if again == "absolute" else again
+    paths = [f"img/{i}.png" for i in range(5)] + [name]
+    data = frame(path=paths, label=["a", "b"] * 3, split=["train"] * 4 + ["test"] * 2)
+    with pytest.raises(
+        ValueError, match=r"row 5 \(test\) is that of row 0 \(train\), .*img/0\.png; an image"
+    ):
+        table(images, data).num_classes
+
+
+def test_an_image_twice_in_a_split_is_told(images):
+    data = frame(path=[f"img/{i % 4}.png" for i in range(6)], label=["a", "b", "a", "b", "a", "a"])
+    with pytest.warns(
+        UserWarning, match=r"2 rows have the image of an earlier row, 1 .* row 4, .* row 0, .*0\.png"
+    ):
+        assert table(images, data).num_train_samples == 6
+    # a table that names samples cannot tell them apart by path
+    names = {"path": data["path"], "index": range(6)}
+    write_label_table(images / "noise.csv", {**names, "label": [1, 0] * 3})
+    with pytest.warns(UserWarning, match="2 rows have"):
+        assert table(images, data, noise=images / "noise.csv").train_label.tolist() == [1, 0] * 3
+    pd.DataFrame({"path": data["path"][:4], "label": [0, 1, 0, 1]}).to_csv(images / "noise.csv", index=False)
+    with (
+        pytest.warns(UserWarning, match="2 rows have"),
+        pytest.raises(ValueError, match=r"'img/0\.png' is the path of the samples 0 and 4; give a column"),
+    ):
+        table(images, data, noise=images / "noise.csv").num_classes
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_labels_of_digits_keep_their_zeros(images, suffix):
+    label = ["01", "1", "10", "01", "1", "10"]
+    dm = table(images, frame(label=label), suffix)
+    assert (dm.class_names, dm.train_label.tolist()) == (["01", "1", "10"], [0, 1, 2] * 2)
+    # without them these are numbers, also beside empty cells and blanks
+    clean = [" 2", "10", "", " 2", "10", "10"] if suffix == "csv" else [2, 10, None, 2, 10, 10]
+    dm = table(
+        images,
+        frame(label=[2, 10] * 3, clean_label=clean, split=["train"] * 2 + ["test"] + ["val"] * 3),
+        suffix,
+    )
+    assert dm.class_names == ["2", "10"]
+    assert dm.train_clean_label.tolist() == [0, 1]
+
+
 def test_absent_foreign_and_broken_tables_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="TableDataModule reads"):
         TableDataModule(str(tmp_path / "x.csv")).num_classes

@@ -80,6 +80,7 @@ def test_another_label_column(tmp_path):
         ("index,label\n4,0\n5,0\n4,1\n", "column 'index', row 2: 4; it occurs in an earlier row"),
         ("path,label\na,0\na,0\n", "column 'path', row 1: 'a'; it occurs in an earlier row"),
         ("path,label\na,0\n,0\n", "column 'path', row 1: an empty cell"),
+        ("index,path,label\n0,a,0\n0,a,0\n", "column 'index', row 1: 0; it occurs in an earlier row"),
         ("index,label,clean_label\n0,0,x\n", "column 'clean_label', row 0: 'x'"),
         ("index,label,weight\n0,0,1\n1,0,1.5\n", r"column 'weight', row 1: 1.5; numbers in \[0, 1\]"),
         ("index,label,keep\n0,0,yes\n", "column 'keep', row 0: 'yes'; true/false or 1/0"),
@@ -125,6 +126,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, suffix, monkey
     assert os.listdir(tmp_path) == [path.name]
 
 
+@SUFFIX
+def test_an_index_tells_samples_of_one_image_apart(tmp_path, suffix):
+    path = write_label_table(tmp_path / f"t{suffix}", {"index": [0, 1], "path": ["a", "a"], "label": [3, 4]})
+    back = read_label_table(path)
+    assert (back["path"].tolist(), match_rows(back, "t", 2, ["a", "a"]).tolist()) == (["a", "a"], [0, 1])
+
+
+def test_nullable_cells_without_a_value_are_named(tmp_path):
+    for column, kind in (("keep", "boolean"), ("label", "Int64"), ("weight", "Float64")):
+        rows = {"index": [0, 1], "label": [0, 1], column: pd.array([1, None], dtype=kind)}
+        pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+        with pytest.raises(ValueError, match=rf"t\.parquet', column '{column}', row 1: an empty cell; "):
+            read_label_table(tmp_path / "t.parquet")
+
+
 def test_writing_does_not_change_the_callers_frame(tmp_path):
     frame = pd.DataFrame({"index": ["0", "1"], "label": [1.0, 2.0]}, index=[7, 3])
     before = frame.copy()
@@ -143,5 +159,7 @@ def test_match_rows_by_index_or_path():
         match_rows(frame, "t.csv", 2)
     with pytest.raises(ValueError, match=r"column 'path', row 0: 'c'; no such path .* first is 'a'"):
         match_rows(by_path, "t.csv", 2, ["a", "b"])
+    with pytest.raises(ValueError, match=r"'b' is the path of the samples 1 and 3; give a column 'index'"):
+        match_rows(by_path, "t.csv", 4, ["a", "b", "c", "b"])
     with pytest.raises(ValueError, match="this dataset has no paths"):
         match_rows(by_path, "t.csv", 3)
