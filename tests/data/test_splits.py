@@ -127,7 +127,10 @@ def test_splits_of_other_channels_or_kind_are_refused():
 
 def test_unequal_numbers_of_clean_labels_are_refused():
     train = split([0, 1, 1], clean_label=np.asarray([0, 1]))
-    for check in (lambda: join_splits({"train": train}), lambda: check_splits(Splits(train, None, 2), "here")):
+    for check in (
+        lambda: join_splits({"train": train}),
+        lambda: check_splits(Splits(train, None, 2), "here"),
+    ):
         with pytest.raises(ValueError, match="train has 3 labels but 2 clean labels"):
             check()
 

@@ -125,7 +125,9 @@ def test_noise_leaves_out_what_the_set_leaves_out(images):
 def test_a_table_that_keeps_no_train_row_is_refused(images):
     split = ["train"] * 4 + ["test"] * 2
     data = frame(label=["a", "b"] * 3, split=split, use=[False] * 4 + [True] * 2)
-    with pytest.raises(ValueError, match=r"t\.csv, column 'use': false in all 4 train rows.*remove the column"):
+    with pytest.raises(
+        ValueError, match=r"t\.csv, column 'use': false in all 4 train rows.*remove the column"
+    ):
         table(images, data, keep_column="use").num_classes
     data["use"] = [False] * 3 + [True] + [False] * 2
     assert table(images, data, keep_column="use").train_keep.tolist() == [False, False, False, True]
