@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_nrml.callbacks.evaluator import SplitEvaluator
@@ -21,8 +22,9 @@ class MultiLabelEvaluator(SplitEvaluator):
     Keys as in :func:`~lightning_nrml.metrics.multilabel_metrics`: ``val/map_macro``, ``val/map_micro``,
     ``val/f1_macro``, ``val/f1_micro``, ``val/calibration_gap``, ..., and ``val/ap/<label>`` with
     ``per_class``. In a fit every validation finds the threshold of each class with the best F1; a test run
-    with the checkpoint applies them (``test/f1_macro_tuned``, ``test/f1_micro_tuned``). Reads ``probability``
-    of the module's evaluation step. Absent classes are left out of the macro means. Of two networks
+    with the checkpoint applies them (``test/f1_macro_tuned``, ``test/f1_micro_tuned``). Where the test split
+    serves for validation, none are looked for and the tuned F1 are left out. Reads ``probability`` of the
+    module's evaluation step. Absent classes are left out of the macro means. Of two networks
     ``val/map_micro_1`` and ``val/map_micro_2`` are logged, too.
 
     Args:
@@ -46,6 +48,7 @@ class MultiLabelEvaluator(SplitEvaluator):
             raise ValueError(f"monitor is '{monitor}': choose one of {', '.join(MONITORS)}.")
         self.threshold, self.per_class = threshold, per_class
         self.class_threshold: Tensor | None = None
+        self._tune = True
         self._names: list[str] = []
         self._single: dict[str, MultiLabelMetrics] = {}
 
@@ -67,9 +70,18 @@ class MultiLabelEvaluator(SplitEvaluator):
             raise TypeError(
                 f"{type(pl_module).__name__} has no int attribute `num_classes`, which this callback needs."
             )
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        data = getattr(trainer, "datamodule", None)
+        names = getattr(data, "class_names", None)
         self._names = list(names) if names is not None else [str(i) for i in range(labels)]
+        self._tune = prefix == "val" and not getattr(data, "validates_on_test", False)
+        if self._fitting and not self._tune:
+            self.class_threshold = None  # of an earlier fit
         tuned = self.class_threshold if prefix == "test" else None
+        if prefix == "test" and tuned is None:
+            rank_zero_info(
+                "test/f1_macro_tuned and test/f1_micro_tuned are left out: their thresholds come from a "
+                "validation split apart from the test split, and this run or checkpoint had none."
+            )
         networks = ("1", "2") if isinstance(pl_module, TwoNetworks) else ()
         self._single = {name: MultiLabelMetrics(labels).to(pl_module.device) for name in networks}
         return MultiLabelMetrics(labels, self.threshold, tuned)
@@ -87,7 +99,7 @@ class MultiLabelEvaluator(SplitEvaluator):
 
     def results(self, values: dict[str, Any], prefix: str) -> dict[str, float]:
         """The scalars, and the AP of the classes if wanted."""
-        if prefix == "val":
+        if self._tune:
             self.class_threshold = values["best_threshold"].cpu()
         found = {k: v for k, v in values.items() if isinstance(v, float)}
         if self.per_class:

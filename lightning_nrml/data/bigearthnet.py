@@ -160,15 +160,16 @@ class BigEarthNetDataModule(MultiLabelRemoteSensing):
             names = {"s2": table.s2[at]}
             if "s1" in self.sensors:
                 names["s1"] = self._partners(table, lists, name, at)
-            chosen = keep[at]
-            empty = chosen & ~table.label[at].any(1)
+            labelled = table.label[at].any(1)
+            chosen, empty = keep[at] & labelled, keep[at] & ~labelled
+            if len(at) and not chosen.any():
+                raise ValueError(self._nothing_left(table, name, len(at)))
             if empty.any():
                 warnings.warn(
                     f"left out {int(empty.sum())} {name} patches that have none of the {self.nomenclature} "
                     f"classes, such as {names['s2'][empty][0].decode()}",
                     stacklevel=2,
                 )
-            chosen &= ~empty
             names = {sensor: value[chosen] for sensor, value in names.items()}
             images = PatchSource(store, names, self.bands, self.resample)
             label = table.label[at[chosen]].astype(np.int64)
@@ -225,6 +226,17 @@ class BigEarthNetDataModule(MultiLabelRemoteSensing):
             rows = find_rows(table, read_list(self.path / name).s2)
             keep[rows[rows >= 0]] = False
         return keep
+
+    def _nothing_left(self, table: PatchTable, split: str, patches: int) -> str:
+        left_out = [f"those outside countries {self.countries}"] if self.countries is not None else []
+        left_out += [f"those in exclude {self.exclude}"] if self.exclude else []
+        if not self.keep_snow_and_cloud:
+            left_out.append("those under snow, clouds or shadow (keep_snow_and_cloud false)")
+        left_out.append(f"those with none of the {self.nomenclature} classes")
+        return (
+            f"{table.source}: none of {patches} {split} patches is left, for these are left out: "
+            f"{', '.join(left_out)}; change one of these settings, or the splits"
+        )
 
     def _rows(self, table: PatchTable, lists: dict[str, PatchList] | None) -> dict[str, np.ndarray]:
         if lists is not None:

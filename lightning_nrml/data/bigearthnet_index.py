@@ -164,8 +164,15 @@ def _multi_hot(
 ) -> np.ndarray:
     import pyarrow.compute as pc
 
-    coded = column.flatten().dictionary_encode()
+    given = column.flatten()
     row = pc.list_parent_indices(column).to_numpy()
+    if given.null_count:
+        at = row[np.argmax(given.is_null().to_numpy(zero_copy_only=False))]
+        raise ValueError(
+            f"{path}, column 'labels', row {at} ({s2[at].decode()}): a label is empty; remove it from the "
+            "list, or name it"
+        )
+    coded = given.dictionary_encode()
     names = coded.dictionary.to_pylist()
     ids = class_ids(names, nomenclature, source)
     code = coded.indices.to_numpy(zero_copy_only=False)

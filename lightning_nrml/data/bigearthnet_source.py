@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrml.data.bigearthnet_classes import S1_SIDES, SIDES
+from lightning_nrml.data.bigearthnet_classes import BAND_SETS, S1_SIDES, SIDES
 from lightning_nrml.data.bigearthnet_index import V1_FOLDERS, V2_FOLDERS
 from lightning_nrml.data.extras import import_extra
 from lightning_nrml.data.sources import BadImageError, ImageSource
@@ -250,6 +250,13 @@ class PatchSource(ImageSource):
     def subset(self, rows: np.ndarray) -> PatchSource:
         names = {sensor: name[rows] for sensor, name in self.names.items()}
         return PatchSource(self.store, names, self.bands, self.resample)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """In true colours where their bands are read."""
+        rgb = BAND_SETS["rgb"]
+        if self.bands == rgb or not set(rgb) <= set(self.bands):
+            return super().pictures(indices)
+        return PatchSource(self.store, self.names, rgb, self.resample).pictures(indices)
 
     def get(self, indices: Sequence[int]) -> Tensor:
         images = torch.empty((len(indices), self.channels, SIDE, SIDE))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from lightning_nrml.data.views import EvalView, MetricView, Views
 
 HumanLabel = Literal["clean", "aggre", "worse", "random1", "random2", "random3"]
 _ORIGIN = "get the python version from www.cs.toronto.edu/~kriz/cifar.html; nothing is downloaded for you"
+_T = TypeVar("_T")
+# what unpickling and reading other content raise
+_BROKEN = (pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
 _LAYOUT = {
     10: (
         "cifar-10-batches-py",
@@ -72,7 +77,8 @@ class CIFARDataModule(_StandardViews):
     def _folder_splits(self, path: Path) -> Splits:
         folder, train, test, key, meta = _LAYOUT[self.classes]
         root = path / folder if (path / folder).is_dir() else path
-        names = _load(root / meta).get("label_names" if self.classes == 10 else "fine_label_names")
+        name_key = "label_names" if self.classes == 10 else "fine_label_names"
+        names = _load(root / meta, lambda loaded: loaded.get(name_key))
         parts = {"train": _read(root, train, key), "test": _read(root, [test], key)}
         return join_splits(parts, names, str(root))
 
@@ -116,16 +122,28 @@ def _npz_splits(npz: Npz, train: Split) -> Splits:
     return join_splits(parts, npz.names(), str(npz.path))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
+    """What ``parse`` makes of a pickle, which is the official format."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; {_ORIGIN}")
-    with path.open("rb") as file:
-        loaded: dict[str, Any] = pickle.load(file, encoding="latin1")  # the official format is a pickle
-    return loaded
+    try:
+        with path.open("rb") as file:
+            return parse(pickle.load(file, encoding="latin1"))
+    except _BROKEN as error:
+        raise ValueError(
+            f"{path} is damaged or no file of CIFAR's python version ({type(error).__name__}: {error}); "
+            "unpack the archive again"
+        ) from error
+
+
+def _batch(loaded: dict[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 ``(n, 3, 32, 32)`` images and ``(n,)`` labels."""
+    pixels, label = loaded["data"].reshape(-1, 3, 32, 32), np.asarray(loaded[key])
+    if len(pixels) != len(label):
+        raise ValueError(f"it has {len(pixels)} images but {len(label)} labels")
+    return pixels, label
 
 
 def _read(root: Path, files: list[str], key: str) -> Split:
-    loaded = [_load(root / name) for name in files]
-    pixels = np.concatenate([part["data"] for part in loaded]).reshape(-1, 3, 32, 32)
-    label = np.concatenate([np.asarray(part[key]) for part in loaded])
-    return Split(MemorySource(torch.from_numpy(np.ascontiguousarray(pixels))), label)
+    pixels, label = zip(*(_load(root / name, partial(_batch, key=key)) for name in files), strict=True)
+    return Split(MemorySource(torch.from_numpy(np.concatenate(pixels))), np.concatenate(label))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from lightning_nrml.data.splits import Splits, split_by_rows
 from lightning_nrml.data.views import EvalView, MetricView, Views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# what SciPy raises on damaged .mat files, beside its own error, and NumPy on other content
+_BROKEN = (LookupError, NotImplementedError, OSError, TypeError, ValueError, zlib.error)
 
 
 class ZeroShotBenchmark(NRMLDataModule):
@@ -83,15 +88,23 @@ class CUBDataModule(ZeroShotBenchmark):
     def read(self, root: Path) -> tuple[list[str], np.ndarray, np.ndarray, list[str] | None]:
         folder = "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else "."
         where = "the archive CUB_200_2011.tgz from www.vision.caltech.edu/datasets/cub_200_2011"
-        images = dict(_rows(root / folder / "images.txt", 2, where))
-        classes = dict(_rows(root / folder / "image_class_labels.txt", 2, where))
-        names = [name for _, name in _rows(root / folder / "classes.txt", 2, where)]
+        images, classes, names = (
+            _by_id(_rows(root / folder / f"{name}.txt", 2, where))
+            for name in ("images", "image_class_labels", "classes")
+        )
         if images.keys() != classes.keys():
             odd = min(images.keys() ^ classes.keys())
             raise ValueError(f"{root}: image id {odd} is not in both images.txt and image_class_labels.txt")
-        paths = [f"{folder}/images/{path}".removeprefix("./") for path in images.values()]
-        label = np.asarray([int(classes[key]) - 1 for key in images])
-        return paths, label, label < self.num_train_classes, names
+        paths = [f"{folder}/images/{row.fields[1]}".removeprefix("./") for row in images.values()]
+        position = {number: place for place, number in enumerate(sorted(names))}
+        label = []
+        for key in images:
+            number = classes[key].number(1, "class")
+            if number not in position:
+                raise ValueError(f"{classes[key]}: class {number} is not in {root / folder / 'classes.txt'}")
+            label.append(position[number])
+        train = np.asarray(label) < self.num_train_classes
+        return paths, np.asarray(label), train, [names[number].fields[1] for number in position]
 
 
 class CarsDataModule(ZeroShotBenchmark):
@@ -113,15 +126,22 @@ class CarsDataModule(ZeroShotBenchmark):
 
     def read(self, root: Path) -> tuple[list[str], np.ndarray, np.ndarray, list[str] | None]:
         from scipy.io import loadmat  # type: ignore[import-untyped]
+        from scipy.io.matlab import MatReadError  # type: ignore[import-untyped]
 
         file = root / "cars_annos.mat"
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}; get cars_annos.mat and car_ims.tgz of Stanford Cars")
-        loaded = loadmat(file, squeeze_me=True)
-        annotations = np.atleast_1d(loaded["annotations"])
-        paths = [str(path) for path in annotations["relative_im_path"]]
-        label = annotations["class"].astype(np.int64) - 1
-        names = [str(name) for name in np.atleast_1d(loaded["class_names"])]
+        try:
+            loaded = loadmat(file, squeeze_me=True)
+            annotations = np.atleast_1d(loaded["annotations"])
+            paths = [str(path) for path in annotations["relative_im_path"]]
+            label = annotations["class"].astype(np.int64) - 1
+            names = [str(name) for name in np.atleast_1d(loaded["class_names"])]
+        except (MatReadError, *_BROKEN) as error:
+            raise ValueError(
+                f"{file} cannot be read ({type(error).__name__}: {error}); it must be the cars_annos.mat of "
+                "Stanford Cars, with class_names and annotations, which have 'relative_im_path' and 'class'"
+            ) from error
         return paths, label, label < self.num_train_classes, names
 
 
@@ -141,24 +161,58 @@ class SOPDataModule(ZeroShotBenchmark):
         where = "the archive from cvgl.stanford.edu/projects/lifted_struct"
         paths, label, train = [], [], []
         for name in ("Ebay_train.txt", "Ebay_test.txt"):
-            for _, class_id, _, path in _rows(root / folder / name, 4, where, header=True):
-                paths.append(f"{folder}/{path}".removeprefix("./"))
-                label.append(int(class_id) - 1)
+            for row in _rows(root / folder / name, 4, where, header=True):
+                paths.append(f"{folder}/{row.fields[3]}".removeprefix("./"))
+                label.append(row.number(1, "class") - 1)
                 train.append(name == "Ebay_train.txt")
         return paths, np.asarray(label), np.asarray(train), None
 
 
-def _rows(file: Path, columns: int, where: str, header: bool = False) -> list[list[str]]:
-    """Fields of a text file separated by blanks; the last one may hold blanks itself."""
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of a text file; as text it says where it stands."""
+
+    file: Path
+    line: int
+    fields: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+    def number(self, column: int, name: str) -> int:
+        """A field that must be a whole number from 1."""
+        text = self.fields[column]
+        if not (text.isdecimal() and int(text) > 0):
+            raise ValueError(f"{self}: the {name} must be a number from 1, got '{text}'")
+        return int(text)
+
+
+def _rows(file: Path, columns: int, where: str, header: bool = False) -> list[_Row]:
+    """The lines of a text file, by fields separated by blanks; the last one may hold blanks itself."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; unpack {where}")
-    lines = file.read_text(encoding="utf-8").splitlines()[int(header) :]
-    rows = []
-    for number, line in enumerate(lines, start=1 + header):
-        if not line.strip():
-            continue
-        fields = line.split(maxsplit=columns - 1)
-        if len(fields) != columns:
-            raise ValueError(f"{file}, line {number}: expected {columns} fields, got {line!r}")
-        rows.append(fields)
-    return rows
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}); unpack {where}") from error
+    rows = [
+        _Row(file, i, line.strip().split(maxsplit=columns - 1))
+        for i, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    for row in rows[header:]:
+        if len(row.fields) != columns:
+            raise ValueError(f"{row}: expected {columns} fields, got {lines[row.line - 1]!r}")
+    return rows[header:]
+
+
+def _by_id(rows: list[_Row]) -> dict[int, _Row]:
+    """Rows by the number in their first field, which each has for itself."""
+    found: dict[int, _Row] = {}
+    for row in rows:
+        first = found.setdefault(row.number(0, "id"), row)
+        if first is not row:
+            raise ValueError(
+                f"{row}: id {row.fields[0]} stands in line {first.line} already; keep one of them"
+            )
+    return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lightning_nrml.data.folder import list_classes
 from lightning_nrml.data.multilabel_tables import MultiLabelTable, split_rows
@@ -29,6 +31,7 @@ CLASSES = (
 )
 #: bands in the order of the 13-band files, where B8A comes last
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
+_RGB = [BANDS.index(band) + 1 for band in ("B04", "B03", "B02")]
 # where the archives of the RGB and of the 13-band copy put the class folders
 _FOLDERS = (
     ".",
@@ -117,7 +120,7 @@ class EuroSATDataModule(RemoteSensing):
     def _source(self, files: Sequence[str]) -> ImageSource:
         if self.bands is None:
             return FileSource(files, 3, self.image_size, "squash")
-        return RasterSource(files, self.bands, self.image_size)
+        return _BandSource(files, self.bands, self.image_size)
 
     def _rows(self, paths: Sequence[str], label: np.ndarray, source: str) -> dict[str, np.ndarray]:
         lists = {name: self.path / file for name, file in (self.split_files or {}).items()}
@@ -136,6 +139,20 @@ class EuroSATDataModule(RemoteSensing):
                 parts[name].append(part)
         rows = {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
         return {name: at for name, at in rows.items() if len(at)}
+
+
+class _BandSource(RasterSource):
+    """Rasters that show their true colours to people, where the bands of these are read."""
+
+    def subset(self, rows: np.ndarray) -> _BandSource:
+        return _BandSource(self.paths[rows].tolist(), self.bands, self.image_size)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        if self.bands == _RGB or not set(_RGB) <= set(self.bands):
+            return super().pictures(indices)
+        shown = copy(self)
+        shown.bands, shown.channels = _RGB, len(_RGB)
+        return shown.pictures(indices)
 
 
 def _band_numbers(bands: str | Sequence[str]) -> list[int] | None:

@@ -187,12 +187,14 @@ class LabelledData(LightningDataModule):
             return "given"
         return str(self.noise.kind)
 
+    @property
+    def validates_on_test(self) -> bool:
+        """Whether the test split serves for validation, so that nothing may be tuned there."""
+        return self.splits.val is None
+
     def _split(self, name: str) -> Split | None:
-        splits = self.splits
-        if name == "val" and splits.val is None:
-            return splits.test
-        found: Split | None = getattr(splits, name)
-        return found
+        found: Split | None = getattr(self.splits, name)
+        return self.splits.test if name == "val" and self.validates_on_test else found
 
     def state_dict(self) -> dict[str, Any]:
         """Which labels a checkpoint was trained on."""

@@ -95,8 +95,18 @@ def as_images(array: np.ndarray, where: str) -> Tensor:
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ValueError(f"{where} must be uint8, or floating within 0 to 1, got {array.dtype}")
+    if array.ndim == 4 and _channels_first(*array.shape[1:]):
+        raise ValueError(
+            f"{where} has shape {array.shape}, which looks like (N, C, H, W), but (N, H, W, C) is read; "
+            "turn it by numpy.moveaxis(images, 1, -1)"
+        )
     images = torch.from_numpy(np.ascontiguousarray(array))
     return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def _channels_first(height: int, width: int, channels: int) -> bool:
+    """Whether these are hardly sides and channels: a strip of colours, or as many channels as columns."""
+    return channels > 4 and (height <= 4 < width or height < width == channels)
 
 
 def resize(images: Tensor, image_size: int | tuple[int, int] | None, rows: int = 2048) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_nrml.data.splits import Splits, split_by_rows
 from lightning_nrml.data.views import EvalView, MetricView, Views
 
 SIDE = 105
+_BYTES = -(-SIDE * SIDE // 8)  # of a drawing
 # of the train images pooled to 28 x 28, in units of [0, 1]
 MEAN, STD = (0.078,), (0.225,)
 _ORIGIN = (
@@ -64,10 +65,20 @@ class OmniglotDataModule(NRMLDataModule):
 
     def load_splits(self) -> Splits:
         npz = Npz(self.path, _ORIGIN)
-        background = npz["background"].astype(bool)
+        bits, label, background = npz["bits"], npz["label"], npz["background"].astype(bool)
+        if bits.dtype != np.uint8 or bits.ndim != 2 or bits.shape[1] != _BYTES:
+            raise ValueError(
+                f"{npz.path}: bits must be (N, {_BYTES}) uint8, {SIDE} x {SIDE} pixels by eight, got "
+                f"{bits.shape} {bits.dtype}; pack them with numpy.packbits"
+            )
+        if len(label) != len(background):
+            raise ValueError(
+                f"{npz.path} has {len(label)} labels but {len(background)} entries of background; give "
+                "one of each per drawing"
+            )
         splits = split_by_rows(
-            MemorySource(unpack(npz["bits"], self.image_size)),
-            npz["label"],
+            MemorySource(unpack(bits, self.image_size)),
+            label,
             {"train": np.flatnonzero(background), "test": np.flatnonzero(~background)},
             where=str(npz.path),
         )

@@ -132,7 +132,7 @@ class _EpochSampler(DistributedSampler[int]):
         if self.keep is not None and len(pool) and not bool(self.keep[int(pool[0])]):
             warnings.warn(
                 "keep drops every training sample: this epoch draws from all of them instead; "
-                "the noise filter's threshold is probably too strict",
+                "either the noise filter is too strict, or all images that the tables keep are missing",
                 stacklevel=2,
             )
         rng = np.random.default_rng((self.seed, self.epoch))

@@ -163,8 +163,7 @@ def join_splits(
     """
     bound = None if class_names is None else len(class_names)
     for name, part in parts.items():
-        if len(part) == 0:
-            raise ValueError(f"{where}: the {name} split is empty")
+        _check_lengths(part, name, where)
         part.label = check_labels(part.label, bound, f"{where}, {name}")
         if part.clean_label is not None:
             source = f"{where}, clean labels of {name}"
@@ -200,18 +199,42 @@ def check_splits(splits: Splits, where: str) -> None:
     """Bring labels to int64 and see that images, labels and classes agree.
 
     Raises:
-        ValueError: an empty split, unequal lengths, or a label out of range.
+        ValueError: an empty split, unequal lengths, images of another kind than the train images, or a label
+            out of range.
     """
     for name, split in splits.items():
-        if len(split) == 0:
-            raise ValueError(f"{where}: the {name} split is empty")
-        if len(split.images) != len(split):
-            raise ValueError(f"{where}: {name} has {len(split.images)} images but {len(split)} labels")
+        _check_lengths(split, name, where)
+        _check_kind(split.images, splits.train.images, name, where)
         bound = splits.num_classes if name == "train" or not splits.zero_shot else None
         split.label = check_labels(split.label, bound, f"{where}, {name}")
         if split.clean_label is not None:
             source = f"{where}, clean labels of {name}"
             split.clean_label = check_labels(split.clean_label, bound, source, lowest=-1)
+
+
+def _check_lengths(split: Split, name: str, where: str) -> None:
+    if len(split) == 0:
+        raise ValueError(f"{where}: the {name} split is empty")
+    if len(split.images) != len(split):
+        raise ValueError(f"{where}: {name} has {len(split.images)} images but {len(split)} labels")
+    if split.clean_label is not None and len(split.clean_label) != len(split):
+        raise ValueError(
+            f"{where}: {name} has {len(split)} labels but {len(split.clean_label)} clean labels; give one of "
+            "each per image"
+        )
+
+
+def _check_kind(images: ImageSource, train: ImageSource, name: str, where: str) -> None:
+    """One network is to read both, and uint8 is scaled to [0, 1] where float32 stays as it is."""
+    if (images.channels, images.dtype) != (train.channels, train.dtype):
+        found, wanted = (
+            f"{source.channels}{unit} of {str(source.dtype).removeprefix('torch.')} ({source.name(0)})"
+            for source, unit in ((images, ""), (train, " channel(s)"))
+        )
+        raise ValueError(
+            f"{where}: the train images have {wanted}, but the {name} images {found}; give all splits the "
+            "same kind of files"
+        )
 
 
 def combined_keep(train: Split, noisy: NoisyLabels) -> np.ndarray | None:

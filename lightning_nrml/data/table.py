@@ -92,6 +92,7 @@ class TableDataModule(NRMLDataModule):
         keep = None
         if self.keep_column in frame.columns:
             keep = booleans(str(table), self.keep_column, frame[self.keep_column])
+            self._check_keep(keep[rows["train"]], table)
         return split_by_rows(images, label, rows, names, str(table), clean, paths, keep)
 
     def _rows(self, frame: pd.DataFrame, table: Path) -> dict[str, np.ndarray]:
@@ -108,6 +109,13 @@ class TableDataModule(NRMLDataModule):
             )
         rows = {name: np.flatnonzero(split == name) for name in SPLIT_NAMES}
         return {name: at for name, at in rows.items() if name == "train" or len(at)}
+
+    def _check_keep(self, keep: np.ndarray, table: Path) -> None:
+        if len(keep) and not keep.any():
+            raise ValueError(
+                f"{table}, column '{self.keep_column}': false in all {len(keep)} train rows, so none is left "
+                "to train on; set it to true where a row shall train, or remove the column"
+            )
 
     def _check_known(self, known: np.ndarray, rows: dict[str, np.ndarray], table: Path) -> None:
         """Refuse a split of which some clean labels are known: the others are neither right nor wrong."""

@@ -172,3 +172,19 @@ def test_caltech_as_in_the_accuracy_protocol(shared_data):
     batch = next(iter(dm.train_dataloader()))
     assert batch["image"].shape == (64, 3, 48, 48)
     assert torch.unique(batch["label"], return_counts=True)[1].tolist() == [8] * 8
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 6, 6), (8, 3, 6, 9), (8, 1, 8, 8), (8, 10, 32, 32)])
+def test_channels_first_is_refused_and_how_to_turn_it_said(save, shape):
+    images = np.zeros(shape, dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"looks like \(N, C, H, W\).*numpy\.moveaxis\(images, 1, -1\)"):
+        ArrayDataModule(save(label=LABEL, train_class=TRAIN, image=images)).num_classes
+    dm = ArrayDataModule(save(label=LABEL, train_class=TRAIN, image=np.moveaxis(images, 1, -1)))
+    assert (dm.in_channels, dm.splits.train.images.size) == (shape[1], shape[2:])
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 6, 3), (8, 3, 6, 3), (8, 2, 3, 3), (8, 3, 3, 200), (8, 64, 64, 10)])
+def test_channels_last_of_any_number_are_taken(save, shape):
+    images = np.zeros(shape, dtype=np.uint8)
+    dm = ArrayDataModule(save(label=LABEL, train_class=TRAIN, image=images))
+    assert (dm.in_channels, dm.splits.train.images.size) == (shape[3], shape[1:3])

@@ -187,6 +187,20 @@ def test_v2_layout_statistics_and_batches(archive) -> None:
     assert own[1][0] == pytest.approx(vv.std(), rel=1e-5)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_pictures_show_red_green_blue(archive, cache) -> None:
+    root = archive[0]
+    want = module(root, root / "cache", bands="rgb", cache=False).splits.train.images.pictures([2, 0])
+    for bands in ("s2_10m_20m", "both", "rgb", ["B02", "B03", "B04"]):
+        data = module(root, root / "cache", bands=bands, cache=cache)
+        data.setup("fit")
+        got = data.splits.train.images.pictures([2, 0])
+        assert (got.dtype, got.shape) == (torch.uint8, (2, 3, 120, 120))
+        assert torch.equal(got, want), bands
+    radar = module(root, root / "cache", bands=["VV", "B04"], cache=cache).splits.train.images
+    assert radar.pictures([1]).shape == (1, 2, 120, 120)
+
+
 def test_noise_on_train_only_and_from_a_table(archive) -> None:
     root, s2, _ = archive
     data = module(root, root / "cache", noise=NoiseConfig("additive", 1.0))
@@ -256,7 +270,7 @@ def test_what_is_left_out(tmp_path) -> None:
     with pytest.warns(UserWarning, match=rf"left out 3 train patches that have none of the 19.*{s2[3]}"):
         assert module(tmp_path, tmp_path / "cache").train_paths == s2[:3]
     (tmp_path / "test.csv").write_text(s2[6])
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="test split is empty"):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of 1 test p"):
         module(tmp_path, tmp_path / "cache").splits
     data = module(tmp_path, tmp_path / "cache", nomenclature=43)
     assert data.train_paths == s2[:6]

@@ -67,6 +67,10 @@ def test_bad_tables_are_named(tmp_path) -> None:
             rf"row 1 \({s2[1]}\): label 'Meadow' is not among",
         ),
         (
+            {"labels": [["Pastures"], None, [], ["Pastures", None], ["Pastures"]]},
+            rf"column 'labels', row 3 \({s2[3]}\): a label is empty; remove it",
+        ),
+        (
             {"labels": [["Olive groves"]] * 5},
             "label 'Olive groves' is not among the 19 classes of BigEarthNet v2",
         ),
@@ -97,6 +101,34 @@ def test_bad_tables_are_named(tmp_path) -> None:
             module(tmp_path, tmp_path, **kwargs).splits
     with pytest.raises(FileNotFoundError, match=r"no BigEarthNet in .*v1 has BigEarthNet-v1\.0"):
         module(tmp_path / "empty", tmp_path).splits
+
+
+def test_a_split_of_which_nothing_is_left_says_by_what(tmp_path) -> None:
+    s2, s1 = v2_names(5)
+    (tmp_path / "BigEarthNet-S2").mkdir()
+    (tmp_path / "away.csv").write_text(f"{s2[4]}\n")
+    frame = {"patch_id": s2, "s1_name": s1, "split": ["train"] * 4 + ["test"], "labels": [["Pastures"]] * 5}
+    for change, kwargs, words in (
+        (
+            {"country": ["Austria"] * 4 + ["Ireland"]},
+            {"countries": ["Austria"]},
+            r"those outside countries \['Austria'\], .*keep_snow_and_cloud false\), those with none",
+        ),
+        ({"contains_seasonal_snow": [False] * 4 + [True]}, {}, "out: those under snow.*keep_snow"),
+        (
+            {},
+            {"exclude": ["away.csv"], "keep_snow_and_cloud": True},
+            r"out: those in exclude \['away.csv'\], those w",
+        ),
+        (
+            {"labels": [["Pastures"]] * 4 + [[]]},
+            {"keep_snow_and_cloud": True},
+            "out: those with none of the 19 classes; change",
+        ),
+    ):
+        pd.DataFrame({**frame, **change}).to_parquet(tmp_path / "metadata.parquet")
+        with pytest.raises(ValueError, match=f"metadata.parquet: none of 1 test patches is left, .*{words}"):
+            module(tmp_path, tmp_path, **kwargs).splits
 
 
 def test_bad_lists_and_json_are_named(tmp_path) -> None:

@@ -53,6 +53,23 @@ def test_absent_files_say_where_to_get_them(tmp_path):
         CIFARNDataModule("x.npz", label="bad")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("batches.meta", b"x"),
+        ("data_batch_3", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)})[:-9]),
+        ("data_batch_3", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)})),
+        ("data_batch_3", pickle.dumps({"data": np.zeros((2, 100), np.uint8), "labels": [0, 1]})),
+        ("data_batch_3", pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]})),
+        ("test_batch", pickle.dumps([1, 2])),
+    ],
+)
+def test_a_damaged_file_is_named(torchvision_folders, file, content):
+    (torchvision_folders / "cifar-10-batches-py" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is damaged or no file of CIFAR's .*; unpack"):
+        CIFARDataModule(str(torchvision_folders)).num_classes
+
+
 def test_human_labels_train_and_true_ones_are_for_measurement(tmp_path):
     images = pixels(6).transpose(0, 2, 3, 1)
     clean, worse = np.asarray([0, 1, 2, 0, 1, 2]), np.asarray([0, 1, 1, 0, 1, 0])

@@ -55,6 +55,40 @@ def test_cub_names_what_is_missing(cub, tmp_path):
         CUBDataModule(str(cub)).num_classes
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("image_class_labels.txt", "8 x", r"labels\.txt, line 1: the class must be a number from 1, got 'x'"),
+        ("image_class_labels.txt", "8 0", r"labels\.txt, line 1: the class must be a number from 1, got '0'"),
+        ("image_class_labels.txt", "8 5", r"labels\.txt, line 1: class 5 is not in .*classes\.txt"),
+        (
+            "images.txt",
+            "2 a.png",
+            r"images\.txt, line 2: id 2 stands in line 1 already; keep one of them",
+        ),
+        ("images.txt", "a 1.png", r"images\.txt, line 1: the id must be a number from 1, got 'a'"),
+        ("classes.txt", "2 x", r"classes\.txt, line 2: id 2 stands in line 1 already"),
+    ],
+)
+def test_cub_names_the_line_that_is_wrong(cub, file, line, message):
+    path = cub / "CUB_200_2011" / file
+    path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
+    with pytest.raises(ValueError, match=message):
+        CUBDataModule(str(cub)).num_classes
+
+
+def test_cub_reads_lists_as_editors_leave_them(cub):
+    for name in ("images.txt", "classes.txt"):
+        path = cub / "CUB_200_2011" / name
+        path.write_text("\n".join(reversed(path.read_text().splitlines())), encoding="utf-8-sig")
+    dm = CUBDataModule(str(cub), num_train_classes=2, **SMALL)
+    assert dm.class_names == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    assert dm.train_label.tolist() == [1, 1, 0, 0]
+    path.write_bytes(b"1 Caf\xe9")
+    with pytest.raises(ValueError, match=r"classes\.txt is no text in UTF-8"):
+        CUBDataModule(str(cub)).num_classes
+
+
 def test_default_views_crop_and_normalise(cub):
     dm = CUBDataModule(str(cub), num_train_classes=2, **SMALL)
     batch = dm.on_after_batch_transfer(next(iter(dm.test_dataloader())), 0)
@@ -85,6 +119,16 @@ def test_cars_reads_the_annotations_and_ignores_their_own_split(tmp_path):
         CarsDataModule(str(tmp_path / "car_ims")).num_classes
 
 
+@pytest.mark.parametrize(
+    "content", [b"nonsense", {"other": 1}, {"annotations": np.zeros(2), "class_names": ["a"]}]
+)
+def test_cars_names_a_file_that_is_something_else(tmp_path, content):
+    file = tmp_path / "cars_annos.mat"
+    file.write_bytes(content) if isinstance(content, bytes) else savemat(file, content)
+    with pytest.raises(ValueError, match=r"cars_annos\.mat cannot be read .*'relative_im_path' and 'class'"):
+        CarsDataModule(str(tmp_path)).num_classes
+
+
 def test_sop_reads_both_lists(tmp_path):
     root = tmp_path / "Stanford_Online_Products"
     lines = {"Ebay_train.txt": [(1, 1), (2, 1), (3, 2), (4, 2)], "Ebay_test.txt": [(5, 11319), (6, 11319)]}
@@ -100,4 +144,9 @@ def test_sop_reads_both_lists(tmp_path):
     assert dm.splits.test.images.get([0]).unique().tolist() == [5]
     (root / "bicycle_final/3.png").unlink()
     with pytest.raises(RuntimeError, match=r"1 of 4 train images are missing.*3\.png"):
+        SOPDataModule(str(tmp_path), **SMALL).num_classes
+    (root / "Ebay_test.txt").write_text("header\n1 3 1 a.png\n2 x 1 b.png\n")
+    with pytest.raises(
+        ValueError, match=r"Ebay_test\.txt, line 3: the class must be a number from 1, got 'x'"
+    ):
         SOPDataModule(str(tmp_path), **SMALL).num_classes

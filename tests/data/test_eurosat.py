@@ -12,7 +12,7 @@ from PIL import Image
 
 from lightning_nrml.data import EuroSATDataModule, NoiseConfig
 from lightning_nrml.data.eurosat import BANDS, CLASSES
-from lightning_nrml.data.sources import BadImageError
+from lightning_nrml.data.sources import BadImageError, MemorySource
 
 NO_RASTERIO = "rasterio is not installed: pip install 'lightning-nrml[rs]'"
 
@@ -124,3 +124,23 @@ def test_bad_input_is_named(tmp_path) -> None:
         module(tmp_path, tmp_path / "kept", bands="all").splits
     with pytest.raises(FileNotFoundError, match=r"no EuroSAT in .*empty: there is no folder AnnualCrop"):
         module(tmp_path / "empty", tmp_path / "kept").splits
+
+
+@pytest.mark.parametrize("bands", ["all", ["B02", "B03", "B04", "B08"], ["B08", "B03"]])
+@pytest.mark.parametrize("cache", [True, False])
+def test_pictures_show_red_green_blue(tmp_path, bands, cache) -> None:
+    """Ramps as bright as the number of the band is large would all look the same: each has its own course."""
+    make_tifs(tmp_path)
+    rasterio = pytest.importorskip("rasterio", reason=NO_RASTERIO)
+    pixels = np.stack([np.roll(np.arange(4096), 300 * b).reshape(64, 64) for b in range(13)]).astype(
+        np.uint16
+    )
+    for file in tmp_path.rglob("*.tif"):
+        with rasterio.open(file, "r+") as raster:
+            raster.write(pixels)
+    data = module(tmp_path, tmp_path / "kept", bands=bands, batch_size=4, cache=cache)
+    data.setup("fit")
+    images = data.splits.train.subset(np.asarray([3, 1])).images
+    shown = ["B04", "B03", "B02"] if len(bands) > 2 else bands
+    want = MemorySource(torch.from_numpy(pixels[[BANDS.index(band) for band in shown]])[None].float())
+    assert torch.equal(images.pictures([1])[:, :3], want.pictures([0]))

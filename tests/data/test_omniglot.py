@@ -44,6 +44,26 @@ def test_sizes_above_the_stored_one_and_absent_files_are_refused(tmp_path):
         OmniglotDataModule(str(tmp_path / "x.npz")).num_classes
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": np.zeros((4, 100), np.uint8)}, r"bits must be \(N, 1379\) uint8.*got \(4, 100\) uint8"),
+        ({"bits": np.zeros((4, 1379), np.float32)}, r"got \(4, 1379\) float32"),
+        ({"background": np.ones(3, bool)}, "4 labels but 3 entries of background"),
+        ({"label": np.arange(3)}, "3 labels but 4 entries of background"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path, changes, message):
+    arrays = {
+        "bits": np.zeros((4, 1379), np.uint8),
+        "label": np.arange(4),
+        "background": np.asarray([True, True, False, False]),
+    }
+    np.savez(tmp_path / "o.npz", **(arrays | changes))
+    with pytest.raises(ValueError, match=rf"o\.npz.*{message}"):
+        OmniglotDataModule(str(tmp_path / "o.npz")).num_classes
+
+
 def test_the_real_set_and_its_noise_list(shared_data):
     folder = shared_data("omniglot")
     dm = OmniglotDataModule(

@@ -113,6 +113,28 @@ def test_empty_splits_and_unequal_lengths_are_refused():
         check_splits(Splits(split([0, 2]), None, 2), "here")
 
 
+def test_splits_of_other_channels_or_kind_are_refused():
+    grey = {"train": split([0, 1]), "val": split([1, 0])}
+    pixels = torch.zeros(2, 5, 1, 1, dtype=torch.uint8)
+    for images, words in {
+        pixels: r"train images have 1 channel\(s\) of uint8 \(image 0\).*test images 5 of uint8 \(image 0\)",
+        pixels[:, :1].float(): r"but the test images 1 of float32 .*same kind",
+    }.items():
+        splits = Splits(grey["train"], Split(MemorySource(images), np.asarray([0, 1])), 2, grey["val"])
+        with pytest.raises(ValueError, match=words):
+            check_splits(splits, "here")
+
+
+def test_unequal_numbers_of_clean_labels_are_refused():
+    train = split([0, 1, 1], clean_label=np.asarray([0, 1]))
+    for check in (
+        lambda: join_splits({"train": train}),
+        lambda: check_splits(Splits(train, None, 2), "here"),
+    ):
+        with pytest.raises(ValueError, match="train has 3 labels but 2 clean labels"):
+            check()
+
+
 @pytest.mark.parametrize("zero_shot", [True, False])
 def test_dissolved_classes_leave_names_and_seen_evaluation_rows(zero_shot):
     label = np.repeat(np.arange(4), 6)

@@ -122,6 +122,17 @@ def test_noise_leaves_out_what_the_set_leaves_out(images):
         table(images, data, noise=images / "none.csv").num_classes
 
 
+def test_a_table_that_keeps_no_train_row_is_refused(images):
+    split = ["train"] * 4 + ["test"] * 2
+    data = frame(label=["a", "b"] * 3, split=split, use=[False] * 4 + [True] * 2)
+    with pytest.raises(
+        ValueError, match=r"t\.csv, column 'use': false in all 4 train rows.*remove the column"
+    ):
+        table(images, data, keep_column="use").num_classes
+    data["use"] = [False] * 3 + [True] + [False] * 2
+    assert table(images, data, keep_column="use").train_keep.tolist() == [False, False, False, True]
+
+
 @pytest.mark.parametrize("column", ["path", "file"])
 def test_a_path_of_digits_is_a_name(images, column):
     data = frame(path=[f"{i:03d}" for i in range(6)]).rename(columns={"path": column})

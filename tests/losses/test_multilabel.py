@@ -256,6 +256,24 @@ def test_all_dropped_and_precision(name):
         loss(z, label, index, torch.ones(L + 1))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("positive", [True, False])
+def test_asl_has_the_formulas_gradient_up_to_a_certain_entry(gamma, positive):
+    """(1 - q)^gamma has an infinite slope at q = 1 below gamma = 1, the product with log q has none."""
+    options = {"gamma_pos": gamma, "gamma_neg": gamma, "clip": 0.0}
+    sign = 1.0 if positive else -1.0
+    label = torch.full((1, 7), int(positive))
+    z = sign * torch.tensor([[-5.0, 0.0, 5.0, 20.0, 40.0, 100.0, 800.0]])
+    wide = z.double().requires_grad_()
+    right, wrong = (sign * wide).sigmoid(), (-sign * wide).sigmoid()
+    (-(wrong**gamma) * right.log()).mean().backward()
+    want = torch.where(z.abs() < 100, wide.grad, 0.0)  # wrong of 800 is 0 in float64, too
+    for dtype in (torch.float32, torch.float64):
+        _, grad = run(MultiLabelASLLoss(**options), z.to(dtype), label)
+        torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-5)
+        assert (grad[0, -2:] == 0).all()
+
+
 def test_asl_equals_timm():
     z, label, _ = batch()
     z = z.float()  # timm knows no other type

@@ -170,6 +170,40 @@ def test_test_run_uses_the_thresholds_of_the_validation(tmp_path):
     assert fresh.last == last != saved["last"]
 
 
+class Unvalidated(Squares):
+    """Has no validation split, so the test split serves."""
+
+    def load_splits(self) -> Splits:
+        splits = super().load_splits()
+        splits.val = None
+        return splits
+
+
+def test_thresholds_are_not_tuned_on_the_test_split(tmp_path, caplog):
+    evaluator, net = MultiLabelEvaluator(), module("bce")
+    trainer(tmp_path, 1, [evaluator]).fit(net, data())
+    honest = evaluator.class_threshold.tolist()
+    saver = ModelCheckpoint(tmp_path / "saved", "last")
+    run = trainer(tmp_path, 1, [evaluator, saver])
+    run.fit(module("bce"), Unvalidated())
+    assert evaluator.class_threshold is None, "those of the earlier fit are not this one's"
+    caplog.set_level("INFO")
+    fresh = trainer(tmp_path, 1, [MultiLabelEvaluator()])
+    for tester, path in ((run, None), (fresh, tmp_path / "saved" / "last.ckpt")):
+        caplog.clear()
+        (got,) = tester.test(net, Unvalidated(), ckpt_path=path, weights_only=False, verbose=False)
+        assert "test/f1_macro" in got
+        assert not [key for key in got if key.endswith("_tuned")]
+        (said,) = [r.message for r in caplog.records if "f1_macro_tuned" in r.message]
+        assert "validation split" in said
+    # a checkpoint with thresholds keeps them, whatever it is validated and tested on
+    evaluator.class_threshold = torch.tensor(honest)
+    for evaluate in (run.validate, run.test):
+        (got,) = evaluate(net, Unvalidated(), verbose=False)
+    assert evaluator.class_threshold.tolist() == honest
+    assert "test/f1_macro_tuned" in got
+
+
 def test_two_networks_differ_and_each_can_be_asked():
     x = torch.rand(5, 1, 8, 8)
     for name in ("jocor", "rcml"):
