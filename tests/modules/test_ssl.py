@@ -44,7 +44,7 @@ class _Record(Callback):
 
 
 def _fit(folder: Path, method: str, batches: int = 4, epochs: int = 1, callbacks=(), data=None, **kwargs):
-    options = {k: kwargs.pop(k) for k in ("accumulate_grad_batches",) if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("accumulate_grad_batches", "precision") if k in kwargs}
     net, record = module(method, **kwargs), _Record()
     run = trainer(
         folder, epochs, [record, *callbacks], limit_train_batches=batches, limit_val_batches=0, **options
@@ -199,6 +199,19 @@ def test_teacher_moves_once_per_optimiser_step_after_the_step(
             teacher = tau * teacher + (1 - tau) * states[batch][twin].double()
         torch.testing.assert_close(states[batch][key].double(), teacher, rtol=0, atol=3e-7)
     assert not torch.equal(states[4][key], states[0][key])
+
+
+@pytest.mark.parametrize("method", ["BYOL", "MoCo"])
+def test_teacher_moves_under_bf16_true(tmp_path: Path, method: str) -> None:
+    net, states = _fit(tmp_path, method, 4, precision="bf16-true", tau=0.999, tau_schedule="constant")
+    key, twin = "teacher.module.0.body.0.weight", "backbone.body.0.weight"
+    assert states[0][twin].dtype is torch.bfloat16
+    teacher = states[0][key].double()
+    for state in states[1:]:
+        teacher = 0.999 * teacher + 0.001 * state[twin].double()
+        torch.testing.assert_close(state[key].double(), teacher, rtol=0, atol=3e-7)
+    assert not torch.equal(states[4][key], states[0][key])
+    assert not any(p.requires_grad for p in net.teacher.parameters())
 
 
 def test_prototypes_are_frozen_then_learn_and_start_each_step_with_length_one(tmp_path: Path) -> None:
