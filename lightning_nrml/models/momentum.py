@@ -11,7 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-
 # In these 1 - tau of a difference is rounded away: the teacher would stand still.
 _HALF = (torch.bfloat16, torch.float16)
 

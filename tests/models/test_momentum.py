@@ -106,7 +106,9 @@ def test_teacher_of_a_student_in_half_precision_moves_in_float32(dtype: torch.dt
     assert MomentumTeacher(_net().float()).double().module[0].weight.dtype is torch.float64
     copied = MomentumTeacher(model.student)
     copied.load_state_dict(model.teacher.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.teacher.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(copied.parameters(), model.teacher.parameters(), strict=True)
+    )
 
 
 def test_teacher_refuses_another_net_and_another_range() -> None:

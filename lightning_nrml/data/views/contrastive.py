@@ -31,8 +31,8 @@ def contrastive_ops(
     """
     if blur > 0 and blur_kernel is not None and blur_kernel // 2 >= size:
         raise ValueError(
-            f"blur_kernel is {blur_kernel}, too wide for crops of {size} pixels: give at most {2 * size - 1}, "
-            "None (a tenth of the size), or blur 0."
+            f"blur_kernel is {blur_kernel}, too wide for crops of {size} pixels: give at most "
+            f"{2 * size - 1}, None (a tenth of the size), or blur 0."
         )
     ops: list[ViewOp] = [RandomResizedCrop(size, crop_scale, ratio, interpolation)]
     if flip > 0:
