@@ -125,12 +125,10 @@ class SwAV(SelfSupervised):
         return len(self.queues) > 0 and self.current_epoch >= self.queue_start_epoch
 
     def _queue_rows(self, crop: int) -> Tensor | None:
-        """This rank's share of a full queue; which rows it is does not matter, for Sinkhorn is synced."""
+        """This rank's share of a full queue: each row on one rank, whichever, for Sinkhorn is synced."""
         if not self._queue_runs or len(self._rings()[crop]) < self._rings()[crop].size:
             return None
-        rows = self._rings()[crop].get()[0]
-        share = len(rows) // distributed.world_size()
-        return rows[share * distributed.rank() : share * (distributed.rank() + 1)]
+        return self._rings()[crop].get()[0][distributed.rank() :: distributed.world_size()]
 
     def _rings(self) -> list[FeatureQueue]:
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue)]
