@@ -88,6 +88,12 @@ class SwAV(SelfSupervised):
         for queue in self._rings():
             queue.reset()
 
+    def on_train_start(self) -> None:
+        """As the base; tells if the run is too short for the queue."""
+        super().on_train_start()
+        if len(self.queues):
+            self.warn_if_never("queue_start_epoch", self.queue_start_epoch, "fills no queue")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """As the base; unit prototypes before the forward pass."""
         super().on_train_batch_start(batch, batch_idx)

@@ -85,6 +85,17 @@ def test_a_step_of_two_ranks_has_loss_and_gradient_of_one_process(gloo_pool, met
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 
 
+def one_image_each() -> None:
+    """One image on each rank is a batch of two: nothing is refused."""
+    module("SimCLR").on_train_batch_start({"image": torch.zeros(1, 1, 8, 8)}, 0)
+
+
+def test_simclr_counts_the_images_of_all_ranks(gloo_pool) -> None:
+    gloo_pool.run(one_image_each)
+    with pytest.raises(ValueError, match="the batch holds 1 image"):
+        one_image_each()
+
+
 def mochi_queue() -> list[torch.Tensor]:
     """Queue after a step with mixed negatives, whose draws differ from rank to rank."""
     net = module("MoCHi", warmup_epochs=0).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,45 @@ def test_rows_that_a_filter_drops_never_enter_the_queues_of_swav(tmp_path: Path)
     kept = int(net.queues[0].count)
     assert 60 < kept < 130  # of 192 drawn
     assert int(net.queues[1].count) == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "what"),
+    [("MoCHi", "warmup_epochs", "mixes no negatives"), ("SwAV", "queue_start_epoch", "fills no queue")],
+)
+def test_a_run_shorter_than_its_warm_up_says_so(
+    tmp_path: Path, method: str, argument: str, what: str
+) -> None:
+    def told(first: int, epochs: int, **options) -> list[str]:
+        net = module(method, **{argument: first})
+        run = trainer(tmp_path, epochs, limit_train_batches=3, limit_val_batches=0, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit(net, digits(method))
+        return [str(w.message) for w in caught if what in str(w.message)]
+
+    (message,) = told(2, 2)
+    assert f"{argument} is 2 and the run has 2 epochs" in message
+    assert not told(1, 2)
+    assert len(told(2, -1, max_steps=4, accumulate_grad_batches=2)) == 1  # two steps an epoch
+    assert not told(2, -1, max_steps=5, accumulate_grad_batches=2)
+
+
+def test_one_image_is_no_batch_to_contrast(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"the batch holds 1 image: set data\.init_args.batch_size to 2 or more"
+    ):
+        _fit(tmp_path, "SimCLR", 2, data=digits("SimCLR", batch_size=1))
+    net = SimCLR("test_vit", {"img_size": 32}, in_channels=1, projector_dim=8)
+    net.on_train_batch_start(_batch(2), 0)
+
+
+def test_batch_norm_of_one_image_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch norms of BYOL need .* holds 1: raise data"):
+        _fit(tmp_path, "BYOL", 2, data=digits("BYOL", batch_size=1))
+    backbone = {"backbone_kwargs": {"input_size": 8, "widths": [8], "strides": [8]}}
+    with pytest.raises(ValueError, match=r"holds 4: raise .*batch_size, or lower model.init_args.bn_splits"):
+        _fit(tmp_path, "MoCo", 2, data=digits("MoCo", batch_size=4), bn_splits=4, **backbone)
 
 
 def test_collapse_would_show_in_output_std() -> None:
