@@ -35,16 +35,19 @@ class SwAV(SelfSupervised):
 
     Args:
         backbone: see :class:`EmbeddingModule`, as are all arguments not listed here.
-        num_prototypes: K.
+        num_prototypes: K, at least 2.
         temperature: of the predictions.
         epsilon: entropy of the codes; .03 for small sets.
         sinkhorn_iterations: normalisations of rows and columns.
         projector_hidden: width of the projector's hidden layer.
         projector_dim: size of the projections and prototypes.
-        large_crops: the first views that give codes.
+        large_crops: the first views that give codes: of one size, and no view is larger.
         freeze_epochs: epochs in which the prototypes get no gradient.
         queue_size: projections per large crop kept over all ranks; 0 = no queue.
         queue_start_epoch: first epoch that fills the queue; it is used once it is full.
+
+    Raises:
+        ValueError: a size or ``epsilon`` is out of its range.
     """
 
     def __init__(
@@ -66,8 +69,16 @@ class SwAV(SelfSupervised):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
-        if large_crops < 1:
-            raise ValueError(f"large_crops must be at least 1, got {large_crops}.")
+        for name, value, least in (
+            ("num_prototypes", num_prototypes, 2),  # one alone is every crop's code: a loss of 0
+            ("sinkhorn_iterations", sinkhorn_iterations, 1),
+            ("large_crops", large_crops, 1),
+            ("queue_size", queue_size, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {epsilon}; 0.03 to 0.05 is usual.")
         self.projector = projector("swav", self.num_features, projector_hidden, projector_dim)
         self.prototypes = nn.Linear(projector_dim, num_prototypes, bias=False)
         self.loss = SwAVLoss(temperature)
@@ -101,7 +112,7 @@ class SwAV(SelfSupervised):
 
     def step(self, batch: Batch) -> StepOutput:
         """Score all crops, code the large ones."""
-        views = self.views(batch, max(2, self.large_crops))
+        views = self._crops(batch)
         h: list[Tensor] = []
         for _, group in groupby(views, key=lambda view: view.shape[-2:]):
             h += self.features(list(group), joint=True)
@@ -116,6 +127,22 @@ class SwAV(SelfSupervised):
             return self.loss(scores, codes, list(range(self.large_crops)), weight)
 
         return StepOutput(h[0], batch["label"], batch["index"], loss_fn=loss_fn)
+
+    def _crops(self, batch: Batch) -> list[Tensor]:
+        """All views, large crops first.
+
+        Raises:
+            ValueError: too few views, or ``large_crops`` takes in smaller ones or leaves out a larger one.
+        """
+        views = self.views(batch, max(2, self.large_crops))
+        sizes = [(view.shape[-2], view.shape[-1]) for view in views]
+        if len(set(sizes[: self.large_crops])) > 1 or max(sizes) > sizes[0]:
+            raise ValueError(
+                f"large_crops is {self.large_crops}, but the views of an image have "
+                f"{', '.join(f'{h} x {w}' for h, w in sizes)} pixels: set model.init_args.large_crops to the "
+                "number of large crops that data.init_args.train_view makes, which must come first."
+            )
+        return views
 
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int) -> Tensor:

@@ -181,6 +181,44 @@ def test_a_vision_transformer_learns_too() -> None:
     assert sum(float(p.grad.abs().sum()) for p in net.backbone.parameters()) > 0
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("SwAV", {"num_prototypes": 0}, "num_prototypes must be at least 2, got 0"),
+        ("SwAV", {"num_prototypes": -3}, "num_prototypes must be at least 2, got -3"),
+        ("SwAV", {"num_prototypes": 1}, "num_prototypes must be at least 2, got 1"),
+        ("SwAV", {"sinkhorn_iterations": 0}, "sinkhorn_iterations must be at least 1, got 0"),
+        ("SwAV", {"queue_size": -1}, "queue_size must be at least 0, got -1"),
+        ("SwAV", {"large_crops": 0}, "large_crops must be at least 1, got 0"),
+        ("SwAV", {"epsilon": 0.0}, r"epsilon must be positive, got 0\.0"),
+        ("SimCLR", {"projector_dim": 0}, r"projector_dim\) must be at least 1, got 0"),
+        ("MoCo", {"projector_dim": -2}, r"projector_dim\) must be at least 1, got -2"),
+        ("BYOL", {"projector_hidden": 0}, r"projector_hidden\) must be at least 1, got 0"),
+    ],
+)
+def test_sizes_are_checked_before_the_run(method: str, options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        module(method, **options)
+
+
+@pytest.mark.parametrize(("large", "sizes"), [(3, (8, 8, 4, 4)), (2, (8, 4, 8)), (1, (4, 8)), (2, (4, 4, 8))])
+def test_swav_refuses_to_code_a_small_crop(large: int, sizes: tuple[int, ...]) -> None:
+    net = module("SwAV", large_crops=large)
+    net.backbone = PooledNet(64)
+    with pytest.raises(ValueError, match=f"large_crops is {large}, .* {sizes[-1]} x {sizes[-1]} pixels: set"):
+        net.step(_batch(6, sizes))
+
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 1}
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "BYOL", "SwAV"])
+def test_a_backbone_of_one_size_says_so(method: str) -> None:
+    net = module(method, backbone="vit_tiny_patch16_224", backbone_kwargs=VIT)
+    with pytest.raises(ValueError, match=r"16 x 16 pixels .*model \(32\).*dynamic_img_size: true"):
+        net.step(_batch(4, (16, 16) if method != "SwAV" else (32, 32, 16)))
+
+
 # ---- runs ----------------------------------------------------------------------------------------------
 
 
