@@ -17,7 +17,7 @@ LABEL_KEY: dict[LabelName, str] = {"given": "label", "clean": "clean_label"}
 
 
 def embed(trainer: Trainer, pl_module: LightningModule, image: Tensor) -> Tensor:
-    """``pl_module.embed(image)`` under the trainer's precision, float32 ``(B, D)``.
+    """``pl_module.embed(image)`` under the trainer's precision and in the weights' type, float32 ``(B, D)``.
 
     Raises:
         TypeError: the module has no ``embed``.
@@ -28,6 +28,8 @@ def embed(trainer: Trainer, pl_module: LightningModule, image: Tensor) -> Tensor
             f"{type(pl_module).__name__} has no `embed(x) -> (B, D)` method: give it one, or let its "
             "validation_step return a dict with the key 'embedding'."
         )
+    if image.is_floating_point():
+        image = image.to(pl_module.dtype)  # they differ for precision="bf16-true"
     with trainer.precision_plugin.forward_context():
         out: Tensor = function(image)
     return out.detach().float()

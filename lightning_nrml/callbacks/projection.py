@@ -160,10 +160,7 @@ class EmbeddingMap(SplitCallback):
                     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 else:  # not through the trainer's hooks, which would augment while it trains
                     batch = views({k: v.to(pl_module.device) for k, v in batch.items()}, training=False)
-                image = batch["image"]
-                if image.is_floating_point():
-                    image = image.to(pl_module.dtype)  # they differ for precision="bf16-true"
-                self._add(sample, embed(trainer, pl_module, image), batch)
+                self._add(sample, embed(trainer, pl_module, batch["image"]), batch)
         self._draw(trainer, pl_module, sample, "train")
 
     def _draw(

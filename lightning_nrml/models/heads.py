@@ -26,6 +26,11 @@ _PROJECTORS: dict[str, _Style] = {
 }
 
 
+def _check_width(value: int | None, name: str) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
 def create_head(
     kind: HeadName, in_features: int, embedding_dim: int, hidden_dim: int | None = None
 ) -> nn.Module:
@@ -39,8 +44,10 @@ def create_head(
         hidden_dim: hidden size of ``mlp``; default ``in_features``.
 
     Raises:
-        ValueError: ``none`` with unequal sizes.
+        ValueError: ``none`` with unequal sizes, or a size below 1.
     """
+    _check_width(embedding_dim, "embedding_dim")
+    _check_width(hidden_dim, "hidden_dim")
     if kind == "linear":
         return nn.Linear(in_features, embedding_dim)
     if kind == "mlp":
@@ -84,7 +91,7 @@ def projector(
         layers: number of linear layers, at least 1; default as above.
 
     Raises:
-        ValueError: unknown kind, or fewer than one layer.
+        ValueError: unknown kind, fewer than one layer, or a size below 1.
     """
     if kind not in _PROJECTORS:
         raise ValueError(f"There is no projector '{kind}': choose one of {', '.join(_PROJECTORS)}.")
@@ -92,6 +99,8 @@ def projector(
     layers = style.layers if layers is None else layers
     if layers < 1:
         raise ValueError(f"A projector needs at least 1 layer, got {layers}.")
+    _check_width(hidden_dim, "The projector's hidden width (projector_hidden)")
+    _check_width(out_dim, "The projector's output (projector_dim)")
     hidden = hidden_dim or in_features
     parts: list[nn.Module] = []
     width = in_features

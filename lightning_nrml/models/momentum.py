@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+# In these 1 - tau of a difference is rounded away: the teacher would stand still.
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def cosine_tau(step: int, max_steps: int, base: float) -> float:
@@ -39,6 +45,10 @@ class MomentumTeacher(nn.Module):
     MoCo do. It has no gradient, so optimisers and DDP leave it alone; equal starts and equal updates keep
     it equal on all ranks. It is part of the checkpoint.
 
+    It stays in float32 (or float64) when the model is cast to half precision (``precision="bf16-true"``):
+    the steps of the average are smaller than what bfloat16 can tell apart. Images in half precision then go
+    through it under autocast.
+
     Args:
         module: the student, copied as it is now.
     """
@@ -47,11 +57,21 @@ class MomentumTeacher(nn.Module):
         super().__init__()
         self.module = copy.deepcopy(module)
         self.module.requires_grad_(False)
+        self.module._apply(lambda x: x.float() if x.dtype in _HALF else x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def at_least_float32(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.dtype in _HALF else y
+
+        return super()._apply(at_least_float32, recurse)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The copy's output, without gradient."""
-        out: Tensor = self.module(x)
+        half = x.dtype in _HALF
+        with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+            out: Tensor = self.module(x)
         return out
 
     @torch.no_grad()
@@ -73,6 +93,7 @@ class MomentumTeacher(nn.Module):
             raise ValueError(
                 "The student's parameters do not match the teacher's: give the net it was copied from."
             )
+        theirs = [p.to(own.dtype) for own, p in zip(mine, theirs, strict=True)]
         torch._foreach_lerp_(mine, theirs, 1 - tau)
 
     @torch.no_grad()

@@ -52,6 +52,11 @@ class MoCHi(MoCo):
         self.mixed_loss = MoCHiLoss(temperature, num_hard, num_mixed, num_query_mixed)
         self.warmup_epochs = warmup_epochs
 
+    def on_train_start(self) -> None:
+        """As the base; tells if the run is over before the warm-up."""
+        super().on_train_start()
+        self.warn_if_never("warmup_epochs", self.warmup_epochs, "mixes no negatives and is MoCo")
+
     def contrast(self, q: Tensor, k: Tensor, queue: Tensor, weight: Tensor | None) -> Tensor:
         """MoCo's loss during the warm-up, then the one with mixed negatives."""
         loss = self.loss if self.current_epoch < self.warmup_epochs else self.mixed_loss

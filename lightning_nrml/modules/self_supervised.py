@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,10 +60,57 @@ class SelfSupervised(EmbeddingModule):
             views: images of one size.
             joint: one pass over the concatenation, so that batch norm takes its statistics over all views;
                 otherwise one pass and one set of statistics per view.
+
+        Raises:
+            ValueError: the backbone does not take images of this size.
         """
-        if not joint:
-            return [self.backbone(view) for view in views]
-        return list(self.backbone(torch.cat(views)).split([len(view) for view in views]))
+        try:
+            if not joint:
+                return [self.backbone(view) for view in views]
+            return list(self.backbone(torch.cat(views)).split([len(view) for view in views]))
+        except AssertionError as error:  # timm's way to say it
+            height, width = views[0].shape[-2:]
+            raise ValueError(
+                f"The backbone does not take views of {height} x {width} pixels ({str(error).rstrip('.')}): "
+                f"a ViT needs backbone_kwargs: {{img_size: {height}}}, and for views of several sizes "
+                "{dynamic_img_size: true}."
+            ) from error
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """As the base.
+
+        Raises:
+            ValueError: too few images in a pass for a batch norm.
+        """
+        try:
+            return super().training_step(batch, batch_idx)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            images = len(batch["image"])
+            more = "" if images == 1 else ", or lower model.init_args.bn_splits"
+            raise ValueError(
+                f"The batch norms of {type(self).__name__} need more than 1 image in a pass, but the batch "
+                f"of each process holds {images}: raise data.init_args.batch_size{more}."
+            ) from error
+
+    def warn_if_never(self, argument: str, epoch: int, what: str) -> None:
+        """Tell, when training starts, that ``argument`` lets something begin only after the last epoch.
+
+        Args:
+            argument: name of the setting.
+            epoch: its value, the first epoch of what it begins.
+            what: what the run does without it, after the name of the method.
+        """
+        trainer = self.trainer
+        batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        epochs = math.ceil(trainer.estimated_stepping_batches / max(batches, 1))
+        if epoch >= epochs:
+            rank_zero_warn(
+                f"{type(self).__name__} {what} in this run: {argument} is {epoch} and the run has "
+                f"{epochs} epoch{'s' if epochs > 1 else ''}, so lower model.init_args.{argument} or train "
+                "longer."
+            )
 
     def start_over(self) -> None:
         """Make everything that was derived from the start weights fit new ones (``init_weights``)."""

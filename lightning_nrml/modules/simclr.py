@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrml import distributed
 from lightning_nrml.losses import NTXentLoss
 from lightning_nrml.models import projector
 from lightning_nrml.modules.self_supervised import SelfSupervised
@@ -48,6 +49,19 @@ class SimCLR(SelfSupervised):
         )
         self.loss = NTXentLoss(temperature)
         self.joint_views = joint_views
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """As the base.
+
+        Raises:
+            ValueError: the first batch holds one image over all ranks: nothing to be told apart from.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0 and len(batch["image"]) * distributed.world_size() < 2:
+            raise ValueError(
+                "SimCLR tells the images of a batch apart, but the batch holds 1 image: set "
+                "data.init_args.batch_size to 2 or more (hundreds are usual)."
+            )
 
     def step(self, batch: Batch) -> StepOutput:
         """Project the first two views."""

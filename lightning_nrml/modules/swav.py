@@ -35,16 +35,19 @@ class SwAV(SelfSupervised):
 
     Args:
         backbone: see :class:`EmbeddingModule`, as are all arguments not listed here.
-        num_prototypes: K.
+        num_prototypes: K, at least 2.
         temperature: of the predictions.
         epsilon: entropy of the codes; .03 for small sets.
         sinkhorn_iterations: normalisations of rows and columns.
         projector_hidden: width of the projector's hidden layer.
         projector_dim: size of the projections and prototypes.
-        large_crops: the first views that give codes.
+        large_crops: the first views that give codes: of one size, and no view is larger.
         freeze_epochs: epochs in which the prototypes get no gradient.
         queue_size: projections per large crop kept over all ranks; 0 = no queue.
         queue_start_epoch: first epoch that fills the queue; it is used once it is full.
+
+    Raises:
+        ValueError: a size or ``epsilon`` is out of its range.
     """
 
     made_anew: ClassVar[tuple[str, ...]] = ("queues",)
@@ -68,8 +71,16 @@ class SwAV(SelfSupervised):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
-        if large_crops < 1:
-            raise ValueError(f"large_crops must be at least 1, got {large_crops}.")
+        for name, value, least in (
+            ("num_prototypes", num_prototypes, 2),  # one alone is every crop's code: a loss of 0
+            ("sinkhorn_iterations", sinkhorn_iterations, 1),
+            ("large_crops", large_crops, 1),
+            ("queue_size", queue_size, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {epsilon}; 0.03 to 0.05 is usual.")
         self.projector = projector("swav", self.num_features, projector_hidden, projector_dim)
         self.prototypes = nn.Linear(projector_dim, num_prototypes, bias=False)
         self.loss = SwAVLoss(temperature)
@@ -90,6 +101,12 @@ class SwAV(SelfSupervised):
         for queue in self._rings():
             queue.reset()
 
+    def on_train_start(self) -> None:
+        """As the base; tells if the run is too short for the queue."""
+        super().on_train_start()
+        if len(self.queues):
+            self.warn_if_never("queue_start_epoch", self.queue_start_epoch, "fills no queue")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """As the base; unit prototypes before the forward pass."""
         super().on_train_batch_start(batch, batch_idx)
@@ -97,7 +114,7 @@ class SwAV(SelfSupervised):
 
     def step(self, batch: Batch) -> StepOutput:
         """Score all crops, code the large ones."""
-        views = self.views(batch, max(2, self.large_crops))
+        views = self._crops(batch)
         h: list[Tensor] = []
         for _, group in groupby(views, key=lambda view: view.shape[-2:]):
             h += self.features(list(group), joint=True)
@@ -113,6 +130,22 @@ class SwAV(SelfSupervised):
 
         return StepOutput(h[0], batch["label"], batch["index"], loss_fn=loss_fn)
 
+    def _crops(self, batch: Batch) -> list[Tensor]:
+        """All views, large crops first.
+
+        Raises:
+            ValueError: too few views, or ``large_crops`` takes in smaller ones or leaves out a larger one.
+        """
+        views = self.views(batch, max(2, self.large_crops))
+        sizes = [(view.shape[-2], view.shape[-1]) for view in views]
+        if len(set(sizes[: self.large_crops])) > 1 or max(sizes) > sizes[0]:
+            raise ValueError(
+                f"large_crops is {self.large_crops}, but the views of an image have "
+                f"{', '.join(f'{h} x {w}' for h, w in sizes)} pixels: set model.init_args.large_crops to the "
+                "number of large crops that data.init_args.train_view makes, which must come first."
+            )
+        return views
+
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int) -> Tensor:
         """Balanced codes ``(B, K)`` for the scores ``(B, K)`` of large crop number ``crop``."""
@@ -127,12 +160,10 @@ class SwAV(SelfSupervised):
         return len(self.queues) > 0 and self.current_epoch >= self.queue_start_epoch
 
     def _queue_rows(self, crop: int) -> Tensor | None:
-        """This rank's share of a full queue; which rows it is does not matter, for Sinkhorn is synced."""
+        """This rank's share of a full queue: each row on one rank, whichever, for Sinkhorn is synced."""
         if not self._queue_runs or len(self._rings()[crop]) < self._rings()[crop].size:
             return None
-        rows = self._rings()[crop].get()[0]
-        share = len(rows) // distributed.world_size()
-        return rows[share * distributed.rank() : share * (distributed.rank() + 1)]
+        return self._rings()[crop].get()[0][distributed.rank() :: distributed.world_size()]
 
     def _rings(self) -> list[FeatureQueue]:
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue)]

@@ -73,6 +73,13 @@ def test_alignment_is_that_of_two_views_in_eval_mode(tmp_path: Path) -> None:
     assert float(run.callback_metrics["health/alignment"]) == pytest.approx(float(want), rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_type(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, 1, [RepresentationHealth()], precision=precision)
+    run.fit(module(), digits(epoch_length=160, train_view=SimCLRViews(8, **VIEWS)))
+    assert 0 < float(run.callback_metrics["health/alignment"]) < 2
+
+
 def test_does_not_change_a_bit_of_the_training(tmp_path: Path) -> None:
     states = []
     for callbacks in ([], [RepresentationHealth()]):

@@ -57,6 +57,13 @@ def test_noisy_labels_vote_unless_told_otherwise(tmp_path: Path) -> None:
     assert values[0] < 0.6 < 0.8 < values[1]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_type(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, 1, [OnlineKNN()], precision=precision)
+    run.fit(module(), digits(epoch_length=160))
+    assert 0.2 < float(run.callback_metrics["val/knn_top1"]) < 2
+
+
 @pytest.mark.parametrize(("mode", "seeded"), [("exact", False), ("running", True)])
 def test_does_not_change_a_bit_of_the_training(tmp_path: Path, monkeypatch, mode: str, seeded: bool) -> None:
     states = []

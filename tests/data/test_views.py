@@ -324,6 +324,15 @@ def test_greyscale_and_solarise_equal_torchvision():
     assert torch.allclose(grey, bands.mean(1, keepdim=True).expand_as(bands))
 
 
+def test_the_widest_blur_that_is_taken_runs():
+    for make in (
+        V.SimCLRViews(8, blur=1.0, blur_kernel=15),
+        V.MoCoViews(6, blur=0.0),
+        V.MoCoViews(7, blur=1.0),
+    ):
+        assert make(image(2), KEY)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kernel", [3, 9, 23])
 def test_blur_equals_torchvision_per_sample(kernel):
     x = image(4, dtype=torch.float32)
@@ -580,6 +589,13 @@ def test_bad_images_are_named(x, error, says):
         (lambda: V.metric_view(4, interpolation="area"), "area"),
         (lambda: V.metric_view(4, scale=(1.2, 0.9)), "magnification"),
         (lambda: V.ColorJitter(hue=0.7), "hue"),
+        (
+            lambda: V.SimCLRViews(8, blur_kernel=17),
+            "blur_kernel is 17, too wide for crops of 8 pixels: give at",
+        ),
+        (lambda: V.MoCoViews(6), "at most 11, None"),
+        (lambda: V.BYOLViews(8, blur=(0.0, 0.1), blur_kernel=17), "too wide for crops of 8 pixels"),
+        (lambda: V.MultiCropViews(32, small_size=6), "too wide for crops of 6 pixels"),
         (lambda: V.BandJitter(noise=-1), ">= 0"),
         (lambda: V.GaussianBlur(4), "odd"),
         (lambda: V.GaussianBlur(3, (0.0, 1.0)), "sigma"),

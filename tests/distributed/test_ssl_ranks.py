@@ -38,11 +38,11 @@ def test_moco_with_shuffled_batch_norm_equals_one_process_with_two_splits(gloo_p
     assert one[3][: 2 * ROWS].tolist() == list(range(2 * ROWS))
 
 
-def swav_codes() -> tuple[torch.Tensor, torch.Tensor]:
+def swav_codes(size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of this rank's rows with a full queue, gathered, and the queue after new rows."""
-    net = module("SwAV", queue_start_epoch=0)
+    net = module("SwAV", queue_start_epoch=0, queue_size=size)
     generator = torch.Generator().manual_seed(1)
-    net.queues[0].enqueue(F.normalize(torch.randn(64, 16, generator=generator), dim=1))
+    net.queues[0].enqueue(F.normalize(torch.randn(size, 16, generator=generator), dim=1))
     scores = torch.randn(2 * ROWS, 20, generator=generator) * 0.3
     z = F.normalize(torch.randn(2 * ROWS, 16, generator=generator), dim=1)
     mine = distributed.own_rows([2 * ROWS // distributed.world_size()] * distributed.world_size())
@@ -52,9 +52,10 @@ def swav_codes() -> tuple[torch.Tensor, torch.Tensor]:
     return distributed.gather(codes), net.queues[0].embedding
 
 
-def test_swav_codes_with_a_shared_queue_equal_one_process(gloo_pool) -> None:
-    codes, queue = swav_codes()
-    for other_codes, other_queue in gloo_pool.run(swav_codes):
+@pytest.mark.parametrize("size", [64, 7, 1])  # odd ones cannot be shared evenly
+def test_swav_codes_with_a_shared_queue_equal_one_process(gloo_pool, size: int) -> None:
+    codes, queue = swav_codes(size)
+    for other_codes, other_queue in gloo_pool.run(swav_codes, size):
         torch.testing.assert_close(other_codes, codes, rtol=1e-4, atol=1e-6)
         assert torch.equal(other_queue, queue)
 
@@ -82,6 +83,17 @@ def test_a_step_of_two_ranks_has_loss_and_gradient_of_one_process(gloo_pool, met
     assert sum(float(g.abs().sum()) for g in one[1:]) > 0.1
     for two in gloo_pool.run(one_step, method):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+def one_image_each() -> None:
+    """One image on each rank is a batch of two: nothing is refused."""
+    module("SimCLR").on_train_batch_start({"image": torch.zeros(1, 1, 8, 8)}, 0)
+
+
+def test_simclr_counts_the_images_of_all_ranks(gloo_pool) -> None:
+    gloo_pool.run(one_image_each)
+    with pytest.raises(ValueError, match="the batch holds 1 image"):
+        one_image_each()
 
 
 def mochi_queue() -> list[torch.Tensor]:

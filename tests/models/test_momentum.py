@@ -76,6 +76,41 @@ def test_teacher_keeps_its_own_batch_statistics_and_has_no_gradient() -> None:
     assert torch.equal(teacher.module[1].running_mean, moved)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_teacher_of_a_student_in_half_precision_moves_in_float32(dtype: torch.dtype, cast: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.student = _net().float()
+    if cast == "before":
+        model.student.to(dtype)
+    model.teacher = MomentumTeacher(model.student)
+    before = [p.double().clone() for p in model.teacher.parameters()]
+    model.to(dtype)
+    assert all(x.dtype is torch.float32 for x in model.teacher.state_dict().values() if x.is_floating_point())
+    for mine, start in zip(model.teacher.parameters(), before, strict=True):
+        assert torch.equal(mine.double(), start)  # not rounded on the way
+    for p in model.student.parameters():
+        p.data.mul_(1.25)
+    for _ in range(500):
+        model.teacher.update(model.student, 0.996)
+    for mine, start, target in zip(
+        model.teacher.parameters(), before, model.student.parameters(), strict=True
+    ):
+        want = target.double() + 0.996**500 * (start - target.double())
+        torch.testing.assert_close(mine.double(), want.detach(), rtol=1e-4, atol=1e-5)
+    x = torch.randn(8, 3)
+    out = model.teacher(x.to(dtype))
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.float(), model.teacher(x), rtol=0.05, atol=0.1)
+    assert MomentumTeacher(_net().float()).double().module[0].weight.dtype is torch.float64
+    copied = MomentumTeacher(model.student)
+    copied.load_state_dict(model.teacher.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(copied.parameters(), model.teacher.parameters(), strict=True)
+    )
+
+
 def test_teacher_refuses_another_net_and_another_range() -> None:
     teacher = MomentumTeacher(_net())
     with pytest.raises(ValueError, match="do not match"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ class _Record(Callback):
 
 
 def _fit(folder: Path, method: str, batches: int = 4, epochs: int = 1, callbacks=(), data=None, **kwargs):
-    options = {k: kwargs.pop(k) for k in ("accumulate_grad_batches",) if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("accumulate_grad_batches", "precision") if k in kwargs}
     net, record = module(method, **kwargs), _Record()
     run = trainer(
         folder, epochs, [record, *callbacks], limit_train_batches=batches, limit_val_batches=0, **options
@@ -180,6 +181,44 @@ def test_a_vision_transformer_learns_too() -> None:
     assert sum(float(p.grad.abs().sum()) for p in net.backbone.parameters()) > 0
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("SwAV", {"num_prototypes": 0}, "num_prototypes must be at least 2, got 0"),
+        ("SwAV", {"num_prototypes": -3}, "num_prototypes must be at least 2, got -3"),
+        ("SwAV", {"num_prototypes": 1}, "num_prototypes must be at least 2, got 1"),
+        ("SwAV", {"sinkhorn_iterations": 0}, "sinkhorn_iterations must be at least 1, got 0"),
+        ("SwAV", {"queue_size": -1}, "queue_size must be at least 0, got -1"),
+        ("SwAV", {"large_crops": 0}, "large_crops must be at least 1, got 0"),
+        ("SwAV", {"epsilon": 0.0}, r"epsilon must be positive, got 0\.0"),
+        ("SimCLR", {"projector_dim": 0}, r"projector_dim\) must be at least 1, got 0"),
+        ("MoCo", {"projector_dim": -2}, r"projector_dim\) must be at least 1, got -2"),
+        ("BYOL", {"projector_hidden": 0}, r"projector_hidden\) must be at least 1, got 0"),
+    ],
+)
+def test_sizes_are_checked_before_the_run(method: str, options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        module(method, **options)
+
+
+@pytest.mark.parametrize(("large", "sizes"), [(3, (8, 8, 4, 4)), (2, (8, 4, 8)), (1, (4, 8)), (2, (4, 4, 8))])
+def test_swav_refuses_to_code_a_small_crop(large: int, sizes: tuple[int, ...]) -> None:
+    net = module("SwAV", large_crops=large)
+    net.backbone = PooledNet(64)
+    with pytest.raises(ValueError, match=f"large_crops is {large}, .* {sizes[-1]} x {sizes[-1]} pixels: set"):
+        net.step(_batch(6, sizes))
+
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 1}
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "BYOL", "SwAV"])
+def test_a_backbone_of_one_size_says_so(method: str) -> None:
+    net = module(method, backbone="vit_tiny_patch16_224", backbone_kwargs=VIT)
+    with pytest.raises(ValueError, match=r"16 x 16 pixels .*model \(32\).*dynamic_img_size: true"):
+        net.step(_batch(4, (16, 16) if method != "SwAV" else (32, 32, 16)))
+
+
 # ---- runs ----------------------------------------------------------------------------------------------
 
 
@@ -199,6 +238,19 @@ def test_teacher_moves_once_per_optimiser_step_after_the_step(
             teacher = tau * teacher + (1 - tau) * states[batch][twin].double()
         torch.testing.assert_close(states[batch][key].double(), teacher, rtol=0, atol=3e-7)
     assert not torch.equal(states[4][key], states[0][key])
+
+
+@pytest.mark.parametrize("method", ["BYOL", "MoCo"])
+def test_teacher_moves_under_bf16_true(tmp_path: Path, method: str) -> None:
+    net, states = _fit(tmp_path, method, 4, precision="bf16-true", tau=0.999, tau_schedule="constant")
+    key, twin = "teacher.module.0.body.0.weight", "backbone.body.0.weight"
+    assert states[0][twin].dtype is torch.bfloat16
+    teacher = states[0][key].double()
+    for state in states[1:]:
+        teacher = 0.999 * teacher + 0.001 * state[twin].double()
+        torch.testing.assert_close(state[key].double(), teacher, rtol=0, atol=3e-7)
+    assert not torch.equal(states[4][key], states[0][key])
+    assert not any(p.requires_grad for p in net.teacher.parameters())
 
 
 def test_prototypes_are_frozen_then_learn_and_start_each_step_with_length_one(tmp_path: Path) -> None:
@@ -226,6 +278,45 @@ def test_rows_that_a_filter_drops_never_enter_the_queues_of_swav(tmp_path: Path)
     kept = int(net.queues[0].count)
     assert 60 < kept < 130  # of 192 drawn
     assert int(net.queues[1].count) == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "what"),
+    [("MoCHi", "warmup_epochs", "mixes no negatives"), ("SwAV", "queue_start_epoch", "fills no queue")],
+)
+def test_a_run_shorter_than_its_warm_up_says_so(
+    tmp_path: Path, method: str, argument: str, what: str
+) -> None:
+    def told(first: int, epochs: int, **options) -> list[str]:
+        net = module(method, **{argument: first})
+        run = trainer(tmp_path, epochs, limit_train_batches=3, limit_val_batches=0, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit(net, digits(method))
+        return [str(w.message) for w in caught if what in str(w.message)]
+
+    (message,) = told(2, 2)
+    assert f"{argument} is 2 and the run has 2 epochs" in message
+    assert not told(1, 2)
+    assert len(told(2, -1, max_steps=4, accumulate_grad_batches=2)) == 1  # two steps an epoch
+    assert not told(2, -1, max_steps=5, accumulate_grad_batches=2)
+
+
+def test_one_image_is_no_batch_to_contrast(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"the batch holds 1 image: set data\.init_args.batch_size to 2 or more"
+    ):
+        _fit(tmp_path, "SimCLR", 2, data=digits("SimCLR", batch_size=1))
+    net = SimCLR("test_vit", {"img_size": 32}, in_channels=1, projector_dim=8)
+    net.on_train_batch_start(_batch(2), 0)
+
+
+def test_batch_norm_of_one_image_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch norms of BYOL need .* holds 1: raise data"):
+        _fit(tmp_path, "BYOL", 2, data=digits("BYOL", batch_size=1))
+    backbone = {"backbone_kwargs": {"input_size": 8, "widths": [8], "strides": [8]}}
+    with pytest.raises(ValueError, match=r"holds 4: raise .*batch_size, or lower model.init_args.bn_splits"):
+        _fit(tmp_path, "MoCo", 2, data=digits("MoCo", batch_size=4), bn_splits=4, **backbone)
 
 
 def test_collapse_would_show_in_output_std() -> None:

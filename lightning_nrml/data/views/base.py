@@ -21,6 +21,13 @@ def as_float(image: Tensor) -> Tensor:
     return image.to(torch.float32)
 
 
+def in_own_units(image: Tensor) -> Tensor:
+    """``(B,)`` bool on the CPU: float images with a value outside [0, 1], such as counts or decibels."""
+    if image.dtype is torch.uint8:
+        return torch.zeros(len(image), dtype=torch.bool)
+    return ((image < 0) | (image > 1)).flatten(1).any(1).cpu()
+
+
 def on_rows(image: Tensor, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Apply ``change(part, chosen)`` to some rows of a batch only.
 
@@ -50,7 +57,7 @@ class ViewOp(nn.Module):
 
     Subclasses write ``forward(image, draws)``: ``image`` is ``(B, C, H, W)``, uint8 or float32 in [0, 1]
     (call :func:`as_float` where arithmetic is done), and must not be written into; all randomness comes
-    from ``draws``.
+    from ``draws``. Float images may be in units of their own instead; ``draws.own_units`` tells which.
     """
 
     def forward(self, image: Tensor, draws: Draws) -> Tensor:
@@ -124,10 +131,10 @@ class Views(nn.Module):
                 f"give one number per channel, or None for no normalisation."
             )
 
-    def _one_view(self, image: Tensor, number: int, key: ViewKey) -> Tensor:
+    def _one_view(self, image: Tensor, number: int, key: ViewKey, own_units: Tensor) -> Tensor:
         ops = cast(nn.ModuleList, self.views[number])
         for step, op in enumerate(ops):
-            image = op(image, Draws(key, image.shape[0], (number << 16) + step))
+            image = op(image, Draws(key, image.shape[0], (number << 16) + step, own_units))
         image = as_float(image)
         if self.mean is not None and self.std is not None:
             return (image - self.mean).div_(self.std)
@@ -138,7 +145,8 @@ class Views(nn.Module):
         """Augment a batch.
 
         Args:
-            image: ``(B, C, H, W)``; uint8 is scaled to [0, 1], floating input is taken as it is.
+            image: ``(B, C, H, W)``; uint8 is scaled to [0, 1], floating input is taken as it is. An image
+                with a value outside [0, 1] is in units of its own, in which colour operations do not clip.
             key: names the random numbers; ``None`` draws a fresh seed from torch's global generator.
 
         Returns:
@@ -152,16 +160,18 @@ class Views(nn.Module):
         if key is None:
             key = ViewKey(int(torch.randint(1 << 62, ())))
         rows = len(image)
+        # Told to all operations: after a bicubic crop images in [0, 1] pass its ends, too.
+        own_units = in_own_units(image)
         with torch.autocast(image.device.type, enabled=False):
             if image.device.type != "cpu":
-                return [self._one_view(image, view, key) for view in range(self.num_views)]
+                return [self._one_view(image, view, key, own_units) for view in range(self.num_views)]
             chunk = max(1, _CPU_PIXELS // (image.shape[2] * image.shape[3]))
             parts: list[list[Tensor]] = [[] for _ in self.views]
             for start in range(0, rows, chunk):
-                part = image[start : start + chunk]
+                part, own = image[start : start + chunk], own_units[start : start + chunk]
                 if part.dtype is torch.uint8 and part.shape[1] == 3:
                     # torch's resize of interleaved bytes is several times as fast as any other
                     part = part.contiguous(memory_format=torch.channels_last)
                 for view, done in enumerate(parts):
-                    done.append(self._one_view(part, view, key.shift(start)))
+                    done.append(self._one_view(part, view, key.shift(start), own))
         return [done[0] if len(done) == 1 else torch.cat(done) for done in parts]

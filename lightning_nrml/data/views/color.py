@@ -1,24 +1,55 @@
-"""Operations that change values: jitter, greyscale, blur, solarise. Any number of channels."""
+"""Operations that change values: jitter, greyscale, blur, solarise. Any number of channels.
+
+Images in units of their own (float, with a value outside [0, 1]: counts, decibels, standardised bands) are
+never clipped, and what is a share of [0, 1] elsewhere is a share of each band's own values in that image.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrml.data.views.base import ViewOp, as_float, on_rows
+from lightning_nrml.data.views.base import ViewOp, as_float, in_own_units, on_rows
 from lightning_nrml.data.views.rng import Draws
 
 # ITU-R 601 luma, as Pillow, torchvision and kornia use it
 _LUMA = (0.2989, 0.587, 0.114)
 
 
-def grey_of(image: Tensor) -> Tensor:
-    """``(B, 1, H, W)`` luma of RGB, or the mean of the bands of any other image."""
+def grey_of(image: Tensor, own_units: bool = False) -> Tensor:
+    """``(B, 1, H, W)`` luma of RGB, or the mean of the bands of any other image.
+
+    With ``own_units`` the bands have no common unit: the mean is that of the standardised bands, which each
+    band gets at its own mean and deviation, ``(B, C, H, W)``.
+    """
+    if own_units:
+        mean = image.mean((2, 3), keepdim=True)
+        spread = image.std((2, 3), correction=0, keepdim=True)
+        # a constant band has no pattern to give, only the rounding of its mean
+        common = ((image - mean) / torch.maximum(spread, 1e-5 * mean.abs()).clamp_(min=1e-30)).mean(1, True)
+        return common * spread + mean
     if image.shape[1] != 3:
         return image.mean(1, keepdim=True)
     red, green, blue = image[:, 0:1], image[:, 1:2], image[:, 2:3]
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+
+def _own_units(image: Tensor, draws: Draws) -> Tensor:
+    """``(B,)`` bool: as the draws tell; an operation that is called alone looks at its input."""
+    return in_own_units(image) if draws.own_units is None else draws.own_units
+
+
+def _change_rows(
+    image: Tensor, rows: Tensor, draws: Draws, change: Callable[[Tensor, Tensor, bool], Tensor]
+) -> Tensor:
+    """:func:`on_rows` in float32; ``change(part, chosen, own_units)`` gets images of one kind at a time."""
+    own = _own_units(image, draws)
+    image = on_rows(as_float(image), rows & ~own, lambda part, chosen: change(part, chosen, False))
+    return on_rows(image, rows & own, lambda part, chosen: change(part, chosen, True))
 
 
 def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
@@ -69,6 +100,10 @@ class ColorJitter(ViewOp):
     and hue becomes a gain of its own for every band, uniform in [1 - hue, 1 + hue]. One channel has no
     saturation or hue.
 
+    Images in units of their own are jittered band-wise and without the clip, three bands too; contrast is
+    about each band's own mean, and "grey" is the pattern that the bands share, at each band's own mean and
+    deviation.
+
     Args:
         brightness, contrast, saturation: half-width a of the factor's range, >= 0.
         hue: half-width of the hue shift in turns, in [0, 0.5].
@@ -102,12 +137,15 @@ class ColorJitter(ViewOp):
         factor = low + (high - low) * u[:, 5:8]
         hue = (2 * u[:, 8:] - 1) * self.hue
 
-        def change(part: Tensor, chosen: Tensor) -> Tensor:
-            return self.jitter(part, order[chosen], factor[chosen], hue[chosen])
+        def change(part: Tensor, chosen: Tensor, own_units: bool) -> Tensor:
+            jitter = partial(self.jitter, own_units=True) if own_units else self.jitter
+            return jitter(part, order[chosen], factor[chosen], hue[chosen])
 
-        return on_rows(as_float(image), applied, change)
+        return _change_rows(image, applied, draws, change)
 
-    def jitter(self, image: Tensor, order: Tensor, factor: Tensor, hue: Tensor) -> Tensor:
+    def jitter(
+        self, image: Tensor, order: Tensor, factor: Tensor, hue: Tensor, own_units: bool = False
+    ) -> Tensor:
         """Apply given parameters.
 
         Args:
@@ -115,41 +153,49 @@ class ColorJitter(ViewOp):
             order: ``(B, 4)`` int64, which of brightness 0, contrast 1, saturation 2, hue 3 comes when.
             factor: ``(B, 3)`` blend factors of the first three.
             hue: ``(B, C)``; RGB uses column 0 as the shift in turns, other images all as band gains - 1.
+            own_units: the images are not in [0, 1].
         """
         # Samples with the hue at the same place lie side by side, so that its turn is a slice.
         hue_at, row = (order == 3).int().argmax(1).sort()
         order, factor, hue = order[row], factor[row], hue[row]
         last = torch.searchsorted(hue_at, torch.arange(5)).tolist()
         image = image[row.to(image.device, non_blocking=True)]
-        self._jitter_hue(image, hue, last[0], last[1])
+        self._jitter_hue(image, hue, last[0], last[1], own_units)
         for slot, kind in enumerate(order[order != 3].view(-1, 3).unbind(1)):
             f = factor.gather(1, kind[:, None])[:, 0]
-            _blend_(image, f, (1 - f) * (kind == 1), (1 - f) * (kind == 2))
-            self._jitter_hue(image, hue, last[slot + 1], last[slot + 2])
+            _blend_(image, f, (1 - f) * (kind == 1), (1 - f) * (kind == 2), own_units)
+            self._jitter_hue(image, hue, last[slot + 1], last[slot + 2], own_units)
         return image[row.argsort().to(image.device, non_blocking=True)]
 
-    def _jitter_hue(self, image: Tensor, hue: Tensor, start: int, stop: int) -> None:
+    def _jitter_hue(self, image: Tensor, hue: Tensor, start: int, stop: int, own_units: bool) -> None:
         """Shift the hue (or the gains of the bands) of a slice of rows, in place."""
         if self.hue == 0 or image.shape[1] == 1 or start == stop:
             return
         part, amount = image[start:stop], hue[start:stop].to(image.device, non_blocking=True)
-        if part.shape[1] == 3:
+        if part.shape[1] == 3 and not own_units:
             part.copy_(shift_hue(part, amount[:, 0]))
         else:
-            part.mul_(1 + amount[:, :, None, None]).clamp_(0.0, 1.0)
+            part.mul_(1 + amount[:, :, None, None])
+            if not own_units:
+                part.clamp_(0.0, 1.0)
 
 
-def _blend_(image: Tensor, factor: Tensor, to_mean: Tensor, to_grey: Tensor) -> None:
+def _blend_(image: Tensor, factor: Tensor, to_mean: Tensor, to_grey: Tensor, own_units: bool) -> None:
     """In place ``clip(factor x + to_mean * mean grey + to_grey * grey)``, one number per sample each."""
     numbers = torch.stack([factor, to_mean, to_grey]).to(image.device, non_blocking=True)
     factor, to_mean, to_grey = numbers[:, :, None, None, None]
-    grey = grey_of(image)
+    grey = grey_of(image, own_units)
     offset = grey.mean((2, 3), keepdim=True).mul_(to_mean)
-    torch.addcmul(grey.mul_(to_grey).add_(offset), image, factor, out=image).clamp_(0.0, 1.0)
+    torch.addcmul(grey.mul_(to_grey).add_(offset), image, factor, out=image)
+    if not own_units:
+        image.clamp_(0.0, 1.0)
 
 
 class BandJitter(ViewOp):
     """Gain, offset and pixel noise for any number of channels: ``clip(x * gain + shift + noise)``.
+
+    Images in units of their own are not clipped, and ``shift`` and ``noise`` are shares of each band's level,
+    the mean of its absolute values in that image.
 
     Args:
         brightness: gain uniform in [1 - brightness, 1 + brightness].
@@ -157,7 +203,8 @@ class BandJitter(ViewOp):
         shift: offset uniform in [-shift, shift], in units of [0, 1].
         noise: standard deviation of Gaussian noise, independent for every pixel and band.
         per_band: draw gain, contrast and shift for every band; else one of each for the sample.
-        clip: clip the result to [0, 1]; switch off for float input of another range.
+        clip: clip the result to [0, 1], if the image is in [0, 1]; ``False``: all values are taken as they
+            are, ``shift`` and ``noise`` in their unit.
         p: share of the samples that are changed.
     """
 
@@ -198,18 +245,28 @@ class BandJitter(ViewOp):
         shift = self.shift * signed[:, 2 * n :]
         numbers = torch.stack([gain * stretch, gain * (1 - stretch), shift])
         scale, to_mean, offset = numbers.to(image.device, non_blocking=True)[..., None, None]
+        own_units = level = None
+        if self.clip and bool((own := _own_units(image, draws)).any()):
+            own_units = own.to(image.device, non_blocking=True).view(b, 1, 1, 1)
+            level = image.abs().mean((2, 3), keepdim=True).where(own_units, 1.0)
+            offset = offset * level
         if self.contrast > 0:
             offset = offset + to_mean * image.mean((2, 3), keepdim=True)
         out = image * scale + offset
         if self.noise > 0:
             noise = draws.normal(image[0].numel(), image.device).view_as(image)
-            amount = (self.noise * applied.float()).to(image.device, non_blocking=True)
-            out += noise * amount.view(b, 1, 1, 1)
-        return out.clamp_(0.0, 1.0) if self.clip else out
+            amount = (self.noise * applied.float()).to(image.device, non_blocking=True).view(b, 1, 1, 1)
+            out += noise * (amount if level is None else amount * level)
+        if not self.clip:
+            return out
+        return out.clamp_(0.0, 1.0) if own_units is None else out.where(own_units, out.clamp(0.0, 1.0))
 
 
 class Grayscale(ViewOp):
-    """Replace all channels by the luma (RGB) or by the mean of the bands, with probability ``p``."""
+    """Replace all channels by the luma (RGB) or by the mean of the bands, with probability ``p``.
+
+    In units of their own: by the pattern that the bands share, at each band's own mean and deviation.
+    """
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()
@@ -219,7 +276,11 @@ class Grayscale(ViewOp):
         """Keeps the shape; float32."""
         if image.shape[1] == 1:
             return image
-        return on_rows(as_float(image), draws.happens(self.p), lambda part, _: grey_of(part).expand_as(part))
+
+        def change(part: Tensor, _: Tensor, own_units: bool) -> Tensor:
+            return grey_of(part, own_units).expand_as(part)
+
+        return _change_rows(image, draws.happens(self.p), draws, change)
 
 
 def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -277,7 +338,10 @@ class GaussianBlur(ViewOp):
 
 
 class Solarize(ViewOp):
-    """Invert the values at or above ``threshold`` with probability ``p``."""
+    """Invert the values at or above ``threshold`` with probability ``p``.
+
+    In units of their own: within the range that each band has in that image.
+    """
 
     def __init__(self, threshold: float = 0.5, p: float = 0.2) -> None:
         super().__init__()
@@ -287,7 +351,10 @@ class Solarize(ViewOp):
     def forward(self, image: Tensor, draws: Draws) -> Tensor:
         """Keeps the shape; float32."""
 
-        def change(part: Tensor, _: Tensor) -> Tensor:
-            return torch.where(part >= self.threshold, 1.0 - part, part)
+        def change(part: Tensor, _: Tensor, own_units: bool) -> Tensor:
+            if not own_units:
+                return torch.where(part >= self.threshold, 1.0 - part, part)
+            low, high = part.amin((2, 3), keepdim=True), part.amax((2, 3), keepdim=True)
+            return torch.where(part >= low + self.threshold * (high - low), low + high - part, part)
 
-        return on_rows(as_float(image), draws.happens(self.p), change)
+        return _change_rows(image, draws.happens(self.p), draws, change)

@@ -25,7 +25,15 @@ def contrastive_ops(
     """The operations shared by the self-supervised recipes: crop, flip, colour, grey, blur, solarise.
 
     Arguments are those of :class:`SimCLRViews`; ``solarize`` is the probability of solarisation.
+
+    Raises:
+        ValueError: the blur's kernel is too wide for the crop.
     """
+    if blur > 0 and blur_kernel is not None and blur_kernel // 2 >= size:
+        raise ValueError(
+            f"blur_kernel is {blur_kernel}, too wide for crops of {size} pixels: give at most "
+            f"{2 * size - 1}, None (a tenth of the size), or blur 0."
+        )
     ops: list[ViewOp] = [RandomResizedCrop(size, crop_scale, ratio, interpolation)]
     if flip > 0:
         ops.append(HorizontalFlip(flip))

@@ -119,12 +119,15 @@ class Draws:
         key: names the batch.
         rows: number of rows B.
         stream: number of the operation (unique over views and operations).
+        own_units: ``(B,)`` bool on the CPU, the images whose values are not in [0, 1]; ``None`` = not known,
+            the operation looks at what it gets.
     """
 
-    def __init__(self, key: ViewKey, rows: int, stream: int) -> None:
+    def __init__(self, key: ViewKey, rows: int, stream: int, own_units: Tensor | None = None) -> None:
         self.key = key
         self.rows = rows
         self.stream = stream
+        self.own_units = own_units
         self._used = 0
 
     def uniform(self, n: int, device: torch.device | None = None) -> Tensor:
