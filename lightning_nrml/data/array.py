@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.decode import Fit
 from lightning_nrml.data.npz import IMAGE_KEYS, Npz, images_of, use_noise_list
-from lightning_nrml.data.sources import Fit, ImageSource
+from lightning_nrml.data.sources import ImageSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, check_labels, join_splits, split_by_rows
 
 

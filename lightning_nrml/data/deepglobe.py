@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lightning_nrml.data.decode import DECODE_ERRORS
 from lightning_nrml.data.multilabel_tables import (
     find_images,
     read_label_lists,
@@ -18,7 +19,7 @@ from lightning_nrml.data.multilabel_tables import (
 )
 from lightning_nrml.data.noise_types import uniform
 from lightning_nrml.data.remote_sensing import MultiLabelRemoteSensing
-from lightning_nrml.data.sources import DECODE_ERRORS, BadImageError, DecodingSource, FileSource
+from lightning_nrml.data.sources import BadImageError, DecodingSource, FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits
 from lightning_nrml.files import whole_file
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
-from lightning_nrml.data.sources import FileSource, Fit
+from lightning_nrml.data.decode import Fit
+from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import Splits, split_by_rows
 from lightning_nrml.data.views import EvalView, MetricView, Views
 

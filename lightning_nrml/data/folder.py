@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
-from lightning_nrml.data.sources import FileSource, Fit
+from lightning_nrml.data.decode import Fit
+from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, join_splits, split_by_rows
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nrml.data.sources import Fit, ImageSource, JpegSource, MemorySource
+from lightning_nrml.data.decode import Fit
+from lightning_nrml.data.sources import ImageSource, JpegSource, MemorySource
 from lightning_nrml.data.splits import Splits
 
 IMAGE_KEYS = ("image", "images")

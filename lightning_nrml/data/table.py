@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
+from lightning_nrml.data.decode import Fit
 from lightning_nrml.data.noise import NoisyLabels, renumbering
-from lightning_nrml.data.sources import FileSource, Fit
+from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
 from lightning_nrml.data.tables import booleans, check_filled
 
