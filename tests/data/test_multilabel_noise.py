@@ -256,6 +256,7 @@ def test_errors_name_the_culprit():
         lambda: NoiseConfig("mixed", 0.5, class_rates={"sea": 1.1}): "class_rates, 'sea' must lie",
         lambda: NoiseConfig("scores", 0.5): "needs noise.scores",
         lambda: NoiseConfig("mixed", 0.5, scores="a.npy"): "noise.scores needs noise.kind 'scores'",
+        lambda: noise.multilabel_scores(stand_in(), np.zeros((1285, L)), 1.1, 0.1): r"rate .*1\.1",
         lambda: noise.multilabel_scores(stand_in(), np.zeros((3, L)), 0.1): r"\(1285, 17\), got \(3, 17\)",
         lambda: noise.multilabel_scores(stand_in(), np.full((N, L), np.inf), 0.1): "sample 0, label 0 is inf",
         lambda: noise.multilabel_scores(np.zeros((2, 2)), np.zeros((2, 2)), 0.1): "no label is positive",
