@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from torch import Tensor
 
@@ -49,6 +49,14 @@ class AuditOptions:
                 f"k ({self.k}) and gallery ({self.gallery}) must be at least 1, neighbours "
                 f"({self.neighbours}) at least 0."
             )
+        for name, kinds in (("rule", Rule), ("evidence", Evidence)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(
+                    f"{name} is '{getattr(self, name)}': choose one of {', '.join(get_args(kinds))}"
+                )
+        for name in ("below", "confident"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}")
         if self.review is not None and not Path(self.review).is_file():
             raise FileNotFoundError(
                 f"review '{self.review}' does not exist; give the CSV that a report saved."

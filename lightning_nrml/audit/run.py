@@ -107,8 +107,10 @@ def review_marks(options: AuditOptions, data: AuditData) -> pd.DataFrame | None:
     """
     if options.review is None:
         return None
-    of_samples = reviewed_entries(options.review, data) if data.label.ndim == 2 else None
-    return read_review(options.review, range(data.label.numel()), of_samples)
+    known = range(data.label.numel())
+    if data.label.ndim == 2:
+        return read_review(options.review, known, reviewed_entries(options.review, data))
+    return read_review(options.review, known, num_classes=data.num_classes)
 
 
 def audit_ledger(
@@ -230,7 +232,8 @@ def _write(
     )
     files["summary"] = folder / "audit.json"
     summary: dict[str, Any] = {
-        "samples": len(frame),
+        "samples": len(frame) if samples is None else len(samples.label),
+        **({} if samples is None else {"labels": len(frame)}),
         "noise_rate": None if np.isnan(report.noise_rate) else round(report.noise_rate, 6),
         "corrected": {k: int(v) for k, v in corrected["action"].value_counts().items()},
         **report.facts,

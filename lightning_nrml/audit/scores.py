@@ -125,7 +125,7 @@ def audit_scores(
     Args:
         embedding: ``(N, D)`` frozen features of any length, N >= 2.
         label: ``(N,)`` int64 given labels in ``[0, num_classes)``.
-        num_classes: C, at least 2; ``None`` = largest label + 1.
+        num_classes: C, at least 2; ``None`` = largest label + 1. Classes without a sample change nothing.
         evidence: ``both`` fuses centres (with the discriminant) and neighbours; ``auto`` is ``both``, but
             ``centres`` beyond 200,000 samples on a CPU, where the search for neighbours would take hours.
         k: neighbours that vote, at least 1.
@@ -139,12 +139,18 @@ def audit_scores(
     """
     row = prepare_rows(embedding, "cosine", "embedding").float()
     label = label.to(row.device, torch.int64)
-    count = _checked_classes(row, label, num_classes)
-    problem = _problem(row, label, count, evidence, k, temperature, folds, seed, backend)
+    declared = _checked_classes(row, label, num_classes)
+    present, compact = label.unique(return_inverse=True)
+    count = len(present)
+    if count < 2:  # nothing to compare with, as if the other classes had samples
+        present, compact, count = torch.arange(declared, device=row.device), label, declared
+    problem = _problem(row, compact, count, evidence, k, temperature, folds, seed, backend)
     sample = _sample(problem)
     theta = _fit(*sample, count)
     many = count > 2 and len(row) >= count**2
-    return _judge(problem, theta, _confusion(*sample, theta) if many else None)
+    return _of_all_classes(
+        _judge(problem, theta, _confusion(*sample, theta) if many else None), present, declared
+    )
 
 
 def audit_label_scores(
@@ -205,6 +211,8 @@ def _problem(
     """Folds and neighbours of unit rows ``(N, D)``."""
     if evidence not in get_args(Evidence):
         raise ValueError(f"evidence is {evidence!r}: choose one of {', '.join(get_args(Evidence))}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
     if not 2 <= folds <= len(row):
         raise ValueError(f"folds must be 2 to N = {len(row)}, got {folds}.")
     if evidence == "auto":
@@ -375,6 +383,18 @@ def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditS
         {"centres": a, "neighbours": b, "linear": d, "rate": float(theta[-1].sigmoid())},
         confusion,
     )
+
+
+def _of_all_classes(judged: AuditScores, present: Tensor, declared: int) -> AuditScores:
+    """The same by the numbers of the ``declared`` classes; those without a sample took no part."""
+    at = judged.suggested
+    suggested = torch.where(at >= 0, present[at.clamp_min(0)], at)
+    confusion = judged.confusion
+    if confusion is not None and len(present) < declared:
+        wide, to = torch.eye(declared, dtype=confusion.dtype), present.cpu()
+        wide[to[:, None], to] = confusion
+        confusion = wide
+    return replace(judged, suggested=suggested, confusion=confusion)
 
 
 def _noise_rate(log_clean: Tensor) -> float:

@@ -161,7 +161,10 @@ def _labels(frame: pd.DataFrame, label: np.ndarray, action: np.ndarray) -> pd.Da
 
 
 def read_review(
-    review: str | os.PathLike[str], known: Sequence[int] | pd.Series, seen: pd.DataFrame | None = None
+    review: str | os.PathLike[str],
+    known: Sequence[int] | pd.Series,
+    seen: pd.DataFrame | None = None,
+    num_classes: int | None = None,
 ) -> pd.DataFrame:
     """The rows of a review (the report's export) that a person marked.
 
@@ -169,9 +172,10 @@ def read_review(
         review: CSV with ``index``, ``label``, ``keep`` and ``mark``; rows without a mark do not count.
         known: the indices of the samples.
         seen: such a table, read from ``review`` already.
+        num_classes: of the labels, if they are classes.
 
     Raises:
-        ValueError: a column is missing, or an index is not known.
+        ValueError: a column is missing, an index is not known, or a label is no class.
     """
     seen = read_label_table(review) if seen is None else seen
     for column in ("index", "keep", "mark"):
@@ -185,6 +189,13 @@ def read_review(
         row = int(seen["index"].to_numpy()[unknown][0])
         raise ValueError(
             f"review '{review}' names index {row}, which the table has not; it is of another run"
+        )
+    odd = ~seen["label"].between(0, (num_classes or np.iinfo(np.int64).max) - 1)
+    if odd.any():
+        first = seen[odd].iloc[0]
+        raise ValueError(
+            f"review '{review}', index {first['index']}: label {first['label']} is none of the {num_classes} "
+            "classes; mend it, or leave the mark out"
         )
     return seen
 
@@ -209,8 +220,8 @@ def apply_review(table: pd.DataFrame, review: str | os.PathLike[str] | pd.DataFr
     action = np.where(~seen["keep"].to_numpy(dtype=bool), "dropped", np.where(changed, "relabelled", "kept"))
     out.loc[at, "action"] = action
     if "label_name" in out.columns:
-        names = out.loc[out["action"] == "kept"].drop_duplicates("label").set_index("label")["label_name"]
-        out["label_name"] = out["label"].map(names).fillna(out["label_name"])
+        names = table.drop_duplicates("label").set_index("label")["label_name"]
+        out["label_name"] = out["label"].map(names).fillna(out["label"].astype(str))
     return out.reset_index()
 
 

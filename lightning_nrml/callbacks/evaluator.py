@@ -120,6 +120,8 @@ class SplitEvaluator(SplitCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Only a fit changes the record: what a checkpoint says of an earlier epoch is old beside it."""
         self._fitting = stage == "fit"
+        if self._fitting:  # a resumed one gets its own from the checkpoint
+            self.last, self.best = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Last and best values, so that a resumed run still reports the best epoch of all."""
@@ -131,7 +133,17 @@ class SplitEvaluator(SplitCallback):
             self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
-        """Start collecting, if this epoch counts."""
+        """Start collecting, if this epoch counts.
+
+        Raises:
+            ValueError: there are several loaders, whose indices would be taken for the same samples.
+        """
+        loaders = trainer.test_dataloaders if prefix == "test" else trainer.val_dataloaders
+        if isinstance(loaders, (list, tuple, dict)) and len(loaders) > 1:
+            raise ValueError(
+                f"{type(self).__name__} measures one {prefix} loader, but there are {len(loaders)}: return "
+                "one, or leave this callback out."
+            )
         counts = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or is_final(trainer)
         skip = self._fitting and not counts
         self._metric = None if skip else self.make_metric(trainer, pl_module, prefix).to(pl_module.device)

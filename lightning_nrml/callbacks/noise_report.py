@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_nrml import distributed
-from lightning_nrml.audit import AuditData, AuditOptions, AuditResult, audit
+from lightning_nrml.audit import AuditData, AuditOptions, AuditResult, audit, review_marks
+from lightning_nrml.callbacks.embedding import embed
 from lightning_nrml.memory import LabelLedger, SampleLedger
 from lightning_nrml.modules import EmbeddingModule
 
@@ -58,7 +59,8 @@ class NoiseReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be audited before hours of training, not after."""
         if stage == "fit":
-            audit_data(getattr(trainer, "datamodule", None))
+            self._epochs = {}  # of an earlier fit; a resumed one gets its own from the checkpoint
+            review_marks(self.options, audit_data(getattr(trainer, "datamodule", None)))
             if not callable(getattr(pl_module, "embed", None)):
                 raise TypeError(
                     f"NoiseReport needs {type(pl_module).__name__}.embed(image) -> (B, D): extend "
@@ -118,12 +120,12 @@ def embed_training_set(trainer: Trainer, pl_module: LightningModule) -> tuple[Te
     for batch in datamodule.embed_dataloader():
         batch = {key: value.to(device) for key, value in batch.items()}
         batch = datamodule.apply_views(batch, training=False)
-        with trainer.precision_plugin.forward_context():
-            if isinstance(pl_module, EmbeddingModule):
-                z = pl_module.predict_step(batch, 0)["embedding"]
-            else:
-                z = pl_module.embed(batch["image"])  # type: ignore[operator]
-        rows.append(z.float())
+        if isinstance(pl_module, EmbeddingModule):
+            with trainer.precision_plugin.forward_context():
+                z = pl_module.predict_step(batch, 0)["embedding"].float()
+        else:
+            z = embed(trainer, pl_module, batch["image"])
+        rows.append(z)
         index.append(batch["index"])
     pl_module.train(training)
     embedding, _ = distributed.gather_ragged(torch.cat(rows))
@@ -199,7 +201,8 @@ def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> N
     """
     import wandb
 
-    top = result.table.head(_WANDB_ROWS)
+    # what was not judged may have no image
+    top = result.table[result.table["log_p_clean"].notna()].head(_WANDB_ROWS)
     names = [c for c in top.columns if not c.startswith("epoch_")]
     columns, rows = list(names), top[names].to_numpy(dtype=object).tolist()
     if data.images is not None:
@@ -211,7 +214,8 @@ def log_to_wandb(logger: WandbLogger, result: AuditResult, data: AuditData) -> N
             for image, row in zip(bands, rows, strict=True)
         ]
     if result.rates is None:
-        differ = result.table[result.table["suggested_label"] != result.table["label"]]
+        judged = result.table[result.table["suggested_label"] >= 0]
+        differ = judged[judged["suggested_label"] != judged["label"]]
         pairs = differ.groupby(["label", "suggested_label"]).size().reset_index(name="count")
         overview = {"audit/confusion": pairs.sort_values("count", ascending=False).head(1000)}
     else:

@@ -29,6 +29,12 @@ class CombinedLoss(Loss):
         super().__init__()
         if not losses:
             raise ValueError("CombinedLoss needs at least one loss in 'losses'.")
+        strange = [type(part).__name__ for part in losses if not isinstance(part, Loss)]
+        if strange:
+            raise TypeError(
+                f"CombinedLoss takes losses of lightning_nrml, got {strange[0]}; PMLLoss wraps those of "
+                "pytorch-metric-learning."
+            )
         weights = [1.0] * len(losses) if weights is None else [float(w) for w in weights]
         if len(weights) != len(losses) or not all(0 <= w < float("inf") for w in weights):
             raise ValueError(

@@ -46,6 +46,8 @@ class WeightedReducer(nn.Module):
         if terms.numel() == 0:  # the mean of nothing would be NaN
             return (embeddings * 0.0).sum()
         if self.weight is not None and not name.endswith("_reg_loss"):
+            if isinstance(self.inner, reducers.ThresholdReducer):
+                return self._past_threshold(terms, self._product(info))
             info = {**info, "losses": terms * self._share(info)}
         return self._reduce({name: info}, embeddings, labels)
 
@@ -53,7 +55,18 @@ class WeightedReducer(nn.Module):
         reduced: Tensor = self.inner(*args)
         return reduced
 
-    def _share(self, info: Mapping[str, Any]) -> Tensor:
+    def _past_threshold(self, terms: Tensor, product: Tensor) -> Tensor:
+        """Weighted mean of the terms that pass the thresholds as they are, without weights."""
+        inner: Any = self.inner
+        past = torch.ones_like(terms, dtype=torch.bool)
+        for bound, passes in ((inner.low, torch.gt), (inner.high, torch.lt)):
+            if bound is not None:
+                past &= passes(terms, bound)
+        share = product * past
+        return (share * terms).sum() / share.sum().clamp_min(torch.finfo(terms.dtype).tiny)
+
+    def _product(self, info: Mapping[str, Any]) -> Tensor:
+        """The weights of all samples of a term, multiplied."""
         assert self.weight is not None
         terms, indices = info["losses"], info["indices"]
         if info["reduction_type"] == "already_reduced":
@@ -63,9 +76,12 @@ class WeightedReducer(nn.Module):
             )
         columns = indices if isinstance(indices, (tuple, list)) else [indices]
         product = torch.stack([self.weight[rows] for rows in columns]).prod(dim=0)
-        product = product.view(-1, *[1] * (terms.ndim - 1))
-        # These two reducers average over the terms above a threshold (0 as a rule), not over all.
-        partial = isinstance(self.inner, (reducers.ThresholdReducer, reducers.DivisorReducer))
+        return product.view(-1, *[1] * (terms.ndim - 1))
+
+    def _share(self, info: Mapping[str, Any]) -> Tensor:
+        """The same with mean 1 over the terms that the reducer counts."""
+        terms, product = info["losses"], self._product(info)
+        partial = isinstance(self.inner, reducers.DivisorReducer)  # which divides by the terms above 0
         counted = (terms.detach() != 0) if partial else torch.ones_like(terms, dtype=torch.bool)
         mean = (product * counted).sum() / counted.sum().clamp(min=1)
         return product / torch.where(mean > 0, mean, torch.ones_like(mean))

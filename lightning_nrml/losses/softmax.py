@@ -53,19 +53,34 @@ class CosineSoftmaxLoss(Loss):
             dtype = torch.promote_types(z.dtype, centers.dtype)
             return self.scale * (z.to(dtype) @ centers.to(dtype).T)
 
+    def _checked(self, label: Tensor) -> Tensor:
+        # on the CPU only: looking would make a GPU wait, which has its own assertion
+        outside = (label < 0) | (label >= self.num_classes)
+        if label.is_cpu and outside.any():
+            raise ValueError(
+                f"labels must lie in [0, {self.num_classes - 1}] (num_classes = {self.num_classes}), got "
+                f"{int(label[outside][0])} in row {int(outside.nonzero()[0])}."
+            )
+        return label
+
     def forward(self, embedding: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-        """See :class:`~lightning_nrml.losses.base.Loss`; no gathering is needed but for the weight sum."""
+        """See :class:`~lightning_nrml.losses.base.Loss`; no gathering is needed but for the weight sum.
+
+        Raises:
+            ValueError: the label of a row with weight is out of range (checked on the CPU only).
+        """
         with full_precision(embedding):
             z, w = prepare(embedding, label, weight)
             target = label if weight is None else label.masked_fill(w == 0, 0)
-            total = (w * F.cross_entropy(self.logits(z), target, reduction="none")).sum()
+            terms = F.cross_entropy(self.logits(z), self._checked(target), reduction="none")
+            total = (w * terms).sum()
             return safe_divide(total, distributed.mean_over_ranks(w.sum()))
 
     @torch.no_grad()
     def per_sample(self, embedding: Tensor, label: Tensor) -> Tensor:
         """``(B,)`` cross-entropies, see :meth:`Loss.per_sample`."""
         with full_precision(embedding):
-            return F.cross_entropy(self.logits(embedding), label, reduction="none").float()
+            return F.cross_entropy(self.logits(embedding), self._checked(label), reduction="none").float()
 
     def proxies(self) -> Tensor:
         """``(C, D)`` class weights."""

@@ -186,7 +186,7 @@ class FilterQuality(Metric):
                     f"(B, {self.num_labels}), got keep {tuple(keep.shape)} and label {shape}."
                 )
             given = label > 0
-            self.label_counts += _label_counts(keep > 0, ~is_noise.bool(), given)
+            self.label_counts += _label_counts(keep >= 0.5, ~is_noise.bool(), given)
             if score is not None:
                 code += 2 * given.flatten()[~score.flatten().isnan()].to(torch.uint8)
         self.score.append(scores)

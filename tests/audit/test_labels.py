@@ -260,7 +260,7 @@ def test_at_the_end_of_a_fit_with_the_filters_ledger(tmp_path):
     np.testing.assert_allclose(table["epoch_3"], last)
     assert "epoch_1" not in table
     summary = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    assert summary["samples"] == 96 * LABELS
+    assert (summary["samples"], summary["labels"]) == (96, 96 * LABELS)
 
 
 def test_entries_hide_nothing_of_unnamed_data():

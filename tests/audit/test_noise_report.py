@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ import torch
 import yaml
 from google.protobuf.message import DecodeError
 from helpers import digits, module, trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from lightning_nrml.__main__ import main
-from lightning_nrml.audit import AuditOptions
+from lightning_nrml.audit import AuditData, AuditOptions, AuditResult
 from lightning_nrml.callbacks import PRISM, MultiLabelPRISM, NoiseReport
-from lightning_nrml.callbacks.noise_report import embed_training_set
+from lightning_nrml.callbacks.noise_report import embed_training_set, log_to_wandb
 from lightning_nrml.cli.recipes import recipe_folder
 from lightning_nrml.data import DigitsDataModule
 
@@ -71,6 +73,52 @@ def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> No
         trainer(tmp_path, callbacks=[NoiseReport()]).fit(module(), NoLabels(batch_size=32))
     with pytest.raises(ValueError, match="history is -1"):
         NoiseReport(history=-1)
+
+
+def test_a_second_fit_and_a_module_of_ones_own_in_half_precision(tmp_path: Path) -> None:
+    """No score of the first fit is left; images come in the weights' type."""
+    report = NoiseReport(history=3)
+    trainer(tmp_path / "a", 5, [PRISM(), report]).fit(module(), digits())
+    assert sorted(report._epochs) == [2, 3, 4]
+    trainer(tmp_path / "b", 2, [PRISM(), report]).fit(module(), digits())
+    assert sorted(report._epochs) == [0, 1]
+
+    class Own(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+
+        def embed(self, image: torch.Tensor) -> torch.Tensor:
+            return self.net(image)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch["image"].to(self.dtype)).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    run = trainer(tmp_path / "c", 1, [NoiseReport()], precision="bf16-true", limit_val_batches=0)
+    run.fit(Own(), digits())
+    assert (tmp_path / "c" / "audit" / "report.html").is_file()
+
+
+def test_suspects_of_wandb_are_judged_ones() -> None:
+    """The others may have no image to show."""
+    table = pd.DataFrame({"index": [2, 0, 1], "label": [1, 0, 1], "suggested_label": [0, 0, -1]})
+    table["log_p_clean"] = [-3.0, -0.1, np.nan]
+    logged: dict[str, Any] = {}
+    logger = SimpleNamespace(experiment=SimpleNamespace(log=logged.update))
+    asked: list[int] = []
+
+    def images(rows: np.ndarray) -> np.ndarray:
+        asked.extend(rows.tolist())
+        return np.zeros((len(rows), 1, 4, 4), dtype=np.uint8)
+
+    data = AuditData(torch.tensor([0, 1, 1]), 2, images=images)
+    result = AuditResult(table, table, 0.3, {})
+    log_to_wandb(logger, result, data)  # type: ignore[arg-type]
+    assert asked == [2, 0]
+    assert logged["audit/confusion"].data == [[1, 0, 1]]
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

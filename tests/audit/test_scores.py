@@ -278,6 +278,7 @@ def test_mixture_rate():
         ({"num_classes": 4}, r"label runs from 0 to 5; it must lie in \[0, C - 1\] with C = num_classes = 4"),
         ({"evidence": "magic"}, "evidence is 'magic': choose one of auto, both, centres, knn"),
         ({"folds": 1}, "folds must be 2 to N = 360, got 1"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
 )
 def test_errors(change, message):
@@ -287,3 +288,33 @@ def test_errors(change, message):
     row[5, 0] = math.nan
     with pytest.raises(ValueError, match="first rows: 5"):
         audit_scores(row, label)
+
+
+@pytest.mark.parametrize("evidence", ["both", "knn"])
+def test_classes_without_samples_change_nothing(evidence):
+    row, label, _ = blobs(0.3)
+    want = audit_scores(row, label, 6, evidence)
+    number = torch.tensor([1, 5, 6, 20, 33, 39])  # of the classes, among 40
+    found = audit_scores(row, number[label], 40, evidence)
+    assert torch.equal(found.log_p_clean, want.log_p_clean)
+    assert torch.equal(found.suggested, number[want.suggested])
+    assert torch.equal(found.confidence, want.confidence)
+    assert found.noise_rate == want.noise_rate
+    assert torch.equal(found.confusion[number[:, None], number], want.confusion)
+    others = torch.ones(40, dtype=torch.bool)
+    others[number] = False
+    assert torch.equal(found.confusion[others], torch.eye(40)[others])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "remove"}, "rule is 'remove': choose one of drop, relabel"),
+        ({"evidence": "x"}, "evidence is 'x': choose one of"),
+        ({"below": 50}, r"below is a probability in \[0, 1\], got 50"),
+        ({"confident": -3}, "confident is a probability"),
+    ],
+)
+def test_options_are_checked_when_they_are_given(change, message):
+    with pytest.raises(ValueError, match=message):
+        AuditOptions(**change)

@@ -20,7 +20,7 @@ from lightning_nrml.audit import (
     corrected_labels,
     from_ledger,
 )
-from lightning_nrml.audit.table import class_noise, write_both
+from lightning_nrml.audit.table import class_noise, read_review, write_both
 from lightning_nrml.callbacks.ledger_file import ledger_frame, write_ledger
 from lightning_nrml.data import DigitsDataModule, NoiseConfig, TableDataModule
 from lightning_nrml.data.tables import read_label_table
@@ -75,6 +75,11 @@ def test_review_wins(tmp_path):
     assert out["keep"].tolist() == [True, True, True, False]
     assert out["action"].tolist() == ["kept", "kept", "relabelled", "dropped"]
     assert out["label_name"].tolist() == ["ant", "bee", "bee", "bee"]
+    review.write_text("index,label,keep,mark\n0,2,true,wrong\n2,1,true,wrong\n3,2,false,wrong\n")
+    out = apply_review(corrected_labels(table(), "relabel"), review)
+    assert out["label_name"].tolist() == ["cat", "cat", "bee", "cat"]
+    with pytest.raises(ValueError, match="index 0: label 2 is none of the 2 classes"):
+        read_review(review, range(4), num_classes=2)
     review.write_text("index,label,keep,mark\n9,0,true,right\n")
     with pytest.raises(ValueError, match="names index 9, which the table has not"):
         apply_review(corrected_labels(table()), review)

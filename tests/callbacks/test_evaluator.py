@@ -84,3 +84,20 @@ def test_only_a_fit_changes_the_record(tmp_path: Path) -> None:
     run = trainer(tmp_path, 3, [fresh])
     run.fit(net, data, ckpt_path=tmp_path / "2.ckpt", weights_only=False)  # over already: restored values
     assert (fresh.last, fresh.best) == (last, best)
+
+
+def test_a_second_fit_has_a_record_of_its_own(tmp_path: Path) -> None:
+    evaluator = RetrievalEvaluator()
+    trainer(tmp_path, 3, [evaluator]).fit(module(), digits())
+    evaluator.best[evaluator.monitor] = 2.0  # no fit reaches that
+    trainer(tmp_path, 1, [evaluator]).fit(module(), digits())
+    assert evaluator.best["epoch"] == evaluator.last["epoch"] == 0
+    assert evaluator.best[evaluator.monitor] <= 1
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    data = digits()
+    loader = data.val_dataloader()
+    data.val_dataloader = lambda: [loader, loader]
+    with pytest.raises(ValueError, match="RetrievalEvaluator measures one val loader, but there are 2"):
+        trainer(tmp_path, 1, [RetrievalEvaluator()]).fit(module(), data)

@@ -81,3 +81,8 @@ def test_a_checkpoint_rebuilds_it():
 def test_bad_arguments(args, message):
     with pytest.raises(ValueError, match=message):
         CombinedLoss(*args)
+
+
+def test_a_foreign_loss_is_refused():
+    with pytest.raises(TypeError, match="takes losses of lightning_nrml, got CrossEntropyLoss; PMLLoss"):
+        CombinedLoss([torch.nn.CrossEntropyLoss()])

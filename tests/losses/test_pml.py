@@ -184,3 +184,18 @@ def test_errors_name_the_nearest():
         PMLLoss("ContrastiveLoss", distance={"p": 1})
     with pytest.raises(ValueError, match=r"CrossBatchMemory"):
         PMLLoss("CrossBatchMemory")
+
+
+@pytest.mark.parametrize("reducer", [{"name": "ThresholdReducer", "low": 0.3}, {"name": "AvgNonZeroReducer"}])
+def test_thresholds_are_of_the_terms_not_of_the_weighted_ones(reducer):
+    """So that the loss has no jump where a weight goes to 0."""
+    ours, z = make("ContrastiveLoss", reducer=reducer), embedding()
+    half = torch.arange(12) < 6
+    torch.testing.assert_close(ours(z, LABEL, torch.full((12,), 0.2)), ours(z, LABEL))
+    for tiny in (1e-3, 1e-6):
+        torch.testing.assert_close(
+            ours(z, LABEL, torch.where(half, 1.0, tiny)),
+            ours(z, LABEL, half.float()),
+            rtol=20 * tiny + 1e-6,
+            atol=0,
+        )

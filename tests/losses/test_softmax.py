@@ -63,3 +63,13 @@ def test_loss_of_each_sample_is_its_cross_entropy():
     z[2] = torch.nan
     assert loss.per_sample(z, label).isnan().tolist() == [False, False, True, False, False, False]
     assert loss.proxies() is loss.class_weight
+
+
+@pytest.mark.parametrize("bad", [3, -1, -100])
+def test_labels_out_of_range_are_named_unless_their_rows_are_dropped(bad):
+    loss, z, label = CosineSoftmaxLoss(3, 4), torch.randn(3, 4), torch.tensor([0, bad, 2])
+    for call in (loss, loss.per_sample):
+        with pytest.raises(ValueError, match=rf"labels must lie in \[0, 2\].*got {bad} in row 1"):
+            call(z, label)
+    kept = loss(z, label, torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(kept, loss(z[[0, 2]], label[[0, 2]]))

@@ -170,3 +170,11 @@ def test_per_label_needs_the_given_labels():
     for label in (None, given[:, :2]):
         with pytest.raises(ValueError, match=r"FilterQuality\(num_labels=4\) needs"):
             FilterQuality(4).update(keep, noise, score, label)
+
+
+def test_weights_below_one_half_are_dropped_by_label_too():
+    keep, noise, label = torch.tensor([[0.3], [0.7]]), torch.tensor([[True], [False]]), torch.ones(2, 1)
+    metric = FilterQuality(num_labels=1)
+    metric.update(keep, noise, None, label)
+    values = metric.compute()
+    assert values["extra_precision"] == values["extra_recall"] == 1.0
