@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_nrml.audit.neighbours import Neighbours
 from lightning_nrml.audit.report import Images
-from lightning_nrml.audit.scores import Evidence
-from lightning_nrml.audit.table import Rule
+from lightning_nrml.audit.scores import Evidence, check_evidence
+from lightning_nrml.audit.table import Rule, check_rule
 from lightning_nrml.data.multilabel_writing import check_label_names
 
 if TYPE_CHECKING:
@@ -49,14 +49,8 @@ class AuditOptions:
                 f"k ({self.k}) and gallery ({self.gallery}) must be at least 1, neighbours "
                 f"({self.neighbours}) at least 0."
             )
-        for name, kinds in (("rule", Rule), ("evidence", Evidence)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(
-                    f"{name} is '{getattr(self, name)}': choose one of {', '.join(get_args(kinds))}"
-                )
-        for name in ("below", "confident"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}")
+        check_evidence(self.evidence)
+        check_rule(self.rule, self.below, self.confident)
         if self.review is not None and not Path(self.review).is_file():
             raise FileNotFoundError(
                 f"review '{self.review}' does not exist; give the CSV that a report saved."

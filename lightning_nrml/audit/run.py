@@ -25,8 +25,9 @@ from lightning_nrml.audit.labels import (
 )
 from lightning_nrml.audit.ledger import find_label_ledger, from_label_ledger, from_ledger, ledger_names
 from lightning_nrml.audit.neighbours import trusted_neighbours
+from lightning_nrml.audit.noise_model import mixture_rate
 from lightning_nrml.audit.report import ReportFacts, shown_rows, write_report
-from lightning_nrml.audit.scores import AuditScores, audit_label_scores, audit_scores, mixture_rate
+from lightning_nrml.audit.scores import AuditScores, audit_label_scores, audit_scores
 from lightning_nrml.audit.table import (
     CORRECTED,
     RATES,

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nrml.audit.noise_model import class_logits, fit_confusion, fit_noise_model, log_p_clean
 from lightning_nrml.metrics.search import Backend, prepare_rows, topk_search
 
 Evidence = Literal["auto", "both", "centres", "knn"]
@@ -52,11 +53,6 @@ _FIT_ROWS = 20_000
 _CHUNK_NUMBERS = 1 << 22
 #: numbers of the table that the model is fitted to
 _FIT_NUMBERS = 100_000_000
-#: (log a, log b, log d, logit r) of sharp votes and some noise, and how much they count
-_PRIOR = torch.tensor([3.0, 1.0, 0.0, -1.0])
-_PRIOR_WEIGHT = torch.tensor([7e-3, 7e-3, 7e-3, 1e-4])
-#: how much the symmetric prior of a pair of classes counts, and rounds of EM
-_PSEUDO_COUNT, _ROUNDS = 10.0, 30
 _SHRINKAGE = 0.1  # of the covariance, in units of its mean variance
 _FLOOR = 1e-3  # vote for every class, so that none is impossible
 
@@ -109,6 +105,16 @@ class _Means:
     silent: Tensor  # (C,) bool, classes that have samples, but none among the voters
 
 
+def check_evidence(evidence: Evidence) -> None:
+    """Refuse what is no :data:`Evidence`.
+
+    Raises:
+        ValueError: names what there is.
+    """
+    if evidence not in get_args(Evidence):
+        raise ValueError(f"evidence is {evidence!r}: choose one of {', '.join(get_args(Evidence))}.")
+
+
 def audit_scores(
     embedding: Tensor,
     label: Tensor,
@@ -146,10 +152,10 @@ def audit_scores(
         present, compact, count = torch.arange(declared, device=row.device), label, declared
     problem = _problem(row, compact, count, evidence, k, temperature, folds, seed, backend)
     sample = _sample(problem)
-    theta = _fit(*sample, count)
+    theta = fit_noise_model(*sample, count)
     many = count > 2 and len(row) >= count**2
     return _of_all_classes(
-        _judge(problem, theta, _confusion(*sample, theta) if many else None), present, declared
+        _judge(problem, theta, fit_confusion(*sample, theta) if many else None), present, declared
     )
 
 
@@ -182,7 +188,7 @@ def audit_label_scores(
     first = _problem(row, label[:, 0], 2, evidence, k, 0.1, 5, seed, "torch")
     asked = [c for c in range(label.shape[1]) if 0 < int(label[:, c].sum()) < len(row)]
     problems = [replace(first, label=label[:, c]) for c in asked]
-    fitted = [_fit(*_sample(problem), 2) for problem in problems]
+    fitted = [fit_noise_model(*_sample(problem), 2) for problem in problems]
     log_clean, suggested = torch.zeros(label.shape, device=row.device), label.clone()
     confidence, found = torch.ones_like(log_clean), []
     for c, problem, theta in zip(asked, problems, fitted, strict=True):
@@ -209,8 +215,7 @@ def _problem(
     backend: Backend,
 ) -> _Problem:
     """Folds and neighbours of unit rows ``(N, D)``."""
-    if evidence not in get_args(Evidence):
-        raise ValueError(f"evidence is {evidence!r}: choose one of {', '.join(get_args(Evidence))}.")
+    check_evidence(evidence)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if not 2 <= folds <= len(row):
@@ -281,18 +286,6 @@ def _blocks(problem: _Problem, rows: Tensor) -> Iterator[Tensor]:
     yield from rows.split(max(64, _CHUNK_NUMBERS // problem.num_classes))
 
 
-def _logits(evidence: Tensor, theta: Tensor) -> Tensor:
-    return torch.einsum("k,knc->nc", theta[:3].exp(), evidence)
-
-
-def _log_clean(log_p: Tensor, log_odds: Tensor, num_classes: int) -> Tensor:
-    """``log P_clean`` from ``log p(given | x)`` and ``logit r``, without leaving the log domain."""
-    log_p = log_p.clamp(max=-1e-7)
-    log_rest = torch.log(-torch.expm1(log_p))
-    spread = torch.log(torch.tensor(num_classes - 1.0))
-    return -F.softplus(log_odds - spread + log_rest - log_p)
-
-
 def _sample(problem: _Problem) -> tuple[Tensor, Tensor]:
     """Evidence ``(3, n, C)`` and given labels ``(n,)`` of at most 20,000 judged rows, on the CPU."""
     order = torch.randperm(len(problem.row), generator=torch.Generator().manual_seed(0))
@@ -308,51 +301,6 @@ def _sample(problem: _Problem) -> tuple[Tensor, Tensor]:
     return torch.cat(parts, dim=1), torch.cat(labels)
 
 
-def _fit(evidence: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Maximum-likelihood ``(log a, log b, log d, logit r)``, see :func:`_sample`; of no rows the prior's."""
-    if not len(label):
-        return _PRIOR
-    theta = _PRIOR.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([theta], max_iter=25, line_search_fn="strong_wolfe")
-    spread = torch.log(torch.tensor(num_classes - 1.0))
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        bounded = theta.clamp(-30, 30)  # a line search that reached infinity would never come back
-        log_p = _logits(evidence, bounded).log_softmax(1).gather(1, label[:, None])[:, 0].clamp(max=-1e-7)
-        right = F.logsigmoid(-theta[-1]) + log_p
-        wrong = F.logsigmoid(theta[-1]) - spread + torch.log(-torch.expm1(log_p))
-        # the prior also keeps the numbers finite where the data do not say anything about them
-        loss = -torch.logaddexp(right, wrong).mean() + (_PRIOR_WEIGHT * (theta - _PRIOR).square()).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    with torch.enable_grad():
-        optimiser.step(closure)
-    return theta.detach()
-
-
-def _confusion(evidence: Tensor, label: Tensor, theta: Tensor) -> Tensor:
-    """``(C, C)`` chance that a sample of class c (row) is given as class j: posterior mode, 30 rounds of EM.
-
-    Args:
-        evidence, label: see :func:`_sample`.
-        theta: see :func:`_fit`; its rate, spread evenly over the other classes, is the prior.
-    """
-    p = _logits(evidence, theta).softmax(1)
-    rate, count = float(theta[-1].sigmoid()), p.shape[1]
-    symmetric = torch.full((count, count), rate / (count - 1))
-    symmetric.fill_diagonal_(1 - rate)
-    confusion = symmetric
-    for _ in range(_ROUNDS):
-        true = p * confusion[:, label].T
-        true /= true.sum(1, keepdim=True).clamp_min(1e-30)
-        mass = _PSEUDO_COUNT * count * symmetric
-        mass = mass + torch.zeros_like(mass).index_add_(0, label, true).T
-        confusion = mass / mass.sum(1, keepdim=True)
-    return confusion
-
-
 def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditScores:
     theta = theta.to(problem.row.device)
     log_flow = None if confusion is None else confusion.to(problem.row.device).clamp_min(1e-30).log()
@@ -361,7 +309,7 @@ def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditS
     for fold in range(problem.num_folds):
         means = _means(problem, problem.fold != fold)
         for rows in _blocks(problem, (problem.fold == fold).nonzero()[:, 0]):
-            logits = _logits(_evidence(problem, rows, means), theta)
+            logits = class_logits(_evidence(problem, rows, means), theta)
             log_p = logits.masked_fill(means.silent, -torch.inf).log_softmax(1)
             given, best = problem.label[rows], log_p.max(1)
             unknown = means.silent[given]
@@ -369,7 +317,7 @@ def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditS
             confidence[rows] = best.values.exp().masked_fill(unknown, torch.nan)
             if log_flow is None:
                 own = log_p.gather(1, given[:, None])[:, 0]
-                log_clean[rows] = _log_clean(own, theta[-1], problem.num_classes)
+                log_clean[rows] = log_p_clean(own, theta[-1], problem.num_classes)
             else:
                 log_true = (log_p + log_flow[:, given].T).log_softmax(1)
                 log_clean[rows] = log_true.gather(1, given[:, None])[:, 0]
@@ -400,24 +348,3 @@ def _of_all_classes(judged: AuditScores, present: Tensor, declared: int) -> Audi
 def _noise_rate(log_clean: Tensor) -> float:
     """Estimated share of wrong labels among those that are judged at all."""
     return float(1 - log_clean[~log_clean.isnan()].exp().double().mean())
-
-
-def mixture_rate(score: Tensor, max_rows: int = 100_000) -> float:
-    """Share of the lower of two Gaussians fitted to scores: a noise rate where nothing else is known.
-
-    Args:
-        score: ``(N,)`` scores that rise with the trust in a label, such as a ledger's; NaN rows are left out.
-        max_rows: a random part of this size is fitted.
-
-    Returns:
-        A share in [0, 1]; NaN for fewer than 10 finite scores or if all are equal.
-    """
-    from sklearn.mixture import GaussianMixture
-
-    finite = score[torch.isfinite(score)].double().cpu()
-    if len(finite) < 10 or float(finite.std()) == 0:
-        return float("nan")
-    order = torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))
-    rows = finite[order[:max_rows], None].numpy()
-    mixture = GaussianMixture(2, random_state=0).fit(rows)
-    return float(mixture.weights_[mixture.means_[:, 0].argmin()])

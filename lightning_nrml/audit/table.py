@@ -101,6 +101,19 @@ def clean_known(frame: pd.DataFrame) -> bool:
     return "clean_label" in frame.columns and bool((frame["clean_label"] >= 0).all())
 
 
+def check_rule(rule: Rule, below: float, confident: float) -> None:
+    """Refuse what :func:`corrected_labels` does not know.
+
+    Raises:
+        ValueError: an unknown rule, or a number outside [0, 1].
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule is '{rule}': choose one of {', '.join(get_args(Rule))}")
+    for name, value in (("below", below), ("confident", confident)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+
+
 def corrected_labels(
     frame: pd.DataFrame, rule: Rule = "drop", below: float = 0.5, confident: float = 0.9
 ) -> pd.DataFrame:
@@ -126,11 +139,7 @@ def corrected_labels(
     Raises:
         ValueError: an unknown rule, a number outside [0, 1], or ``relabel`` without a ``confidence`` column.
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule is '{rule}': choose one of {', '.join(get_args(Rule))}")
-    for name, value in (("below", below), ("confident", confident)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+    check_rule(rule, below, confident)
     if rule == "relabel" and not {"confidence", "position"} & set(frame.columns):
         raise ValueError(
             "rule 'relabel' needs the confidence of the suggestions, which a ledger lacks: use 'drop'"

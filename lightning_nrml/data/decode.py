@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import EXTRASAMPLES, SAMPLESPERPIXEL
 from torch import Tensor
 
 Fit = Literal["crop", "squash"]
-# tags of TIFF: bands, and what those beyond the colours are (0 = not said, so not transparency)
-_SAMPLES, _EXTRA_SAMPLES = 277, 338
 # what Pillow's decoders raise on damaged files
 DECODE_ERRORS = (
     OSError,
@@ -55,9 +54,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if deep and image.format == "PNG":  # 16 bits of grey, full range: the higher 8, as Pillow has it for RGB
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     tags = getattr(image, "tag_v2", {})
-    extra = tags.get(_EXTRA_SAMPLES, ())
+    extra = tags.get(EXTRASAMPLES, ())  # what bands beyond the colours are; 0 = not said, so no transparency
     if deep or 0 in (extra if isinstance(extra, tuple) else (extra,)):
-        what = f"pixels of mode {image.mode}" if deep else f"{tags.get(_SAMPLES)} bands"
+        what = f"pixels of mode {image.mode}" if deep else f"{tags.get(SAMPLESPERPIXEL)} bands"
         raise ValueError(
             f"{what} do not fit into 8-bit colours; convert it, or read it as a raster (bands of "
             "MultiLabelRSDataModule)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL, TiffImageFile
 
 from lightning_nrml.data.multilabel_tables import (
     MultiLabelTable,
@@ -105,8 +105,8 @@ class MultiLabelRSDataModule(MultiLabelRemoteSensing):
         return RasterSource(files, self.bands, self.image_size)
 
 
-#: tags of TIFF: number of bands, and GDAL's nodata value
-_SAMPLES, _NODATA = 277, 42113
+#: GDAL's tag of TIFF for the nodata value
+_NODATA = 42113
 
 
 def _is_rgb(files: Sequence[str]) -> bool:
@@ -117,7 +117,7 @@ def _is_rgb(files: Sequence[str]) -> bool:
                 with Image.open(file) as image:
                     if isinstance(image, TiffImageFile):
                         tags = image.tag_v2
-                        rgb = (image.mode == "RGB" and tags.get(_SAMPLES) == 3) or image.mode == "P"
+                        rgb = (image.mode == "RGB" and tags.get(SAMPLESPERPIXEL) == 3) or image.mode == "P"
                         return rgb and _NODATA not in tags
                     return image.mode in ("RGB", "RGBA", "L", "P", "CMYK")
             except (UnidentifiedImageError, OSError):

@@ -16,7 +16,8 @@ from lightning_nrml.audit import (
     audit_scores,
     mixture_rate,
 )
-from lightning_nrml.audit.scores import _confusion, _evidence, _fit, _judge, _log_clean, _means, _Problem
+from lightning_nrml.audit.noise_model import fit_confusion, fit_noise_model, log_p_clean
+from lightning_nrml.audit.scores import _evidence, _judge, _means, _Problem
 from lightning_nrml.audit.scores import _problem as problem_of
 from lightning_nrml.audit.scores import _sample as sample_of
 
@@ -61,9 +62,9 @@ def test_bayes_in_the_log_domain():
     p, r, c = torch.tensor([0.9, 0.2, 1e-3]), 0.3, 5
     expected = (1 - r) * p / ((1 - r) * p + r * (1 - p) / (c - 1))
     log_odds = torch.tensor(r / (1 - r)).log()
-    torch.testing.assert_close(_log_clean(p.log(), log_odds, c).exp(), expected)
+    torch.testing.assert_close(log_p_clean(p.log(), log_odds, c).exp(), expected)
     # where float32 has no room for P any more, its logarithm still ranks
-    far = _log_clean(torch.tensor([-300.0, -400.0]), log_odds, c)
+    far = log_p_clean(torch.tensor([-300.0, -400.0]), log_odds, c)
     torch.testing.assert_close(far[0] - far[1], torch.tensor(100.0))
 
 
@@ -87,7 +88,7 @@ def test_wrong_labels_that_one_rate_for_all_pairs_explains_away():
     row, label, clean = confused(1.5)  # classes overlap
     wrong = label != clean
     problem = problem_of(F.normalize(row, dim=1), label, 4, "both", 20, 0.1, 5, 0, "torch")
-    even = _judge(problem, _fit(*sample_of(problem), 4), None)
+    even = _judge(problem, fit_noise_model(*sample_of(problem), 4), None)
     mistakes = [((s.log_p_clean.exp() < 0.5) != wrong).sum() for s in (audit_scores(row, label, 4), even)]
     assert mistakes[0] < 0.7 * mistakes[1]
 
@@ -109,13 +110,15 @@ def test_confusion_equals_a_slow_loop():
             for c in range(3):
                 mass[c][label[i]] += joint[c] / sum(joint)
         flow = [[m / sum(row) for m in row] for row in mass]
-    torch.testing.assert_close(_confusion(evidence, label, theta), torch.tensor(flow), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        fit_confusion(evidence, label, theta), torch.tensor(flow), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_even_confusion_is_the_symmetric_model():
     row, label, _ = blobs(0.3)
     problem = problem_of(F.normalize(row, dim=1), label, 6, "both", 20, 0.1, 5, 0, "torch")
-    theta = _fit(*sample_of(problem), 6)
+    theta = fit_noise_model(*sample_of(problem), 6)
     rate = float(theta[-1].sigmoid())
     even = torch.full((6, 6), rate / 5).fill_diagonal_(1 - rate)
     by_pairs, by_rate = _judge(problem, theta, even), _judge(problem, theta, None)
@@ -162,7 +165,7 @@ def test_a_sample_does_not_vote_for_itself(evidence, monkeypatch):
     may differ in the last bit; its own vote would change the confidence by a tenth.
     """
     monkeypatch.setattr(
-        "lightning_nrml.audit.scores._fit", lambda *sample: torch.tensor([1.5, 0.5, 0.0, -1.0])
+        "lightning_nrml.audit.scores.fit_noise_model", lambda *sample: torch.tensor([1.5, 0.5, 0.0, -1.0])
     )
     row, label, clean = blobs(0.3, each=20)
     one, two = label.clone(), label.clone()
