@@ -32,8 +32,10 @@ def run(folder: Path, resume: Path | None = None, model: dict[str, Any] | None =
 
 
 def same(one, two) -> None:
-    """Also the step and the rate of the schedule."""
+    """Also the step, the one that loggers write, and the rate of the schedule."""
     assert one[1].global_step == two[1].global_step
+    logged = [part[1].fit_loop.epoch_loop._batches_that_stepped for part in (one, two)]
+    assert logged[0] == logged[1]
     assert one[1].current_epoch == two[1].current_epoch
     assert_same_state(state_of(one[0]), state_of(two[0]))
     rates = [part[1].optimizers[0].param_groups[0]["lr"] for part in (one, two)]
