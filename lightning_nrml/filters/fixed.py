@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ class FixedFilter(NoiseFilter):
         keep = score != -torch.inf
         threshold = torch.full((), -torch.inf, device=score.device)
         return Selection(keep.float(), score, threshold)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A filter without a mask takes the saved one, whatever its length."""
+        saved = state.get(f"{prefix}clean")
+        if saved is not None and not self.clean.numel():
+            self.clean = self.clean.new_zeros(saved.shape)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _look_up(self, index: Tensor) -> Tensor:
         size = self.clean.numel()

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Loss(nn.Module):
@@ -74,8 +73,14 @@ def widen(x: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of ``x (B, D)`` scaled to length 1, in fp32 or wider. A zero row stays zero."""
-    return F.normalize(widen(x), dim=1)
+    """Rows of ``x (B, D)`` scaled to length 1, in fp32 or wider. A zero row stays zero.
+
+    It gets no gradient either: a row without direction has none, where ``F.normalize`` passes back 1e12
+    times what arrives and one dead embedding throws the whole net away.
+    """
+    x = widen(x)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / length.masked_fill(length <= 1e-12, torch.inf)
 
 
 def prepare(embedding: Tensor, label: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

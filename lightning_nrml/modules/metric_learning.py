@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_nrml.losses import ContrastiveLoss, CrossBatchContrastiveLoss, Loss
+from lightning_nrml.losses.base import unit_rows
 from lightning_nrml.memory import FeatureQueue
 from lightning_nrml.models import create_head, load_backbone
 from lightning_nrml.models.heads import HeadName
@@ -101,7 +101,7 @@ class MetricLearning(EmbeddingModule):
 
     def embed(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, embedding_dim)`` unit rows."""
-        return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+        return unit_rows(self.head(self.backbone(x)).float())
 
     def encoder(self) -> nn.Module:
         """Backbone and head."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_nrml import distributed
 from lightning_nrml.losses import SwAVLoss
+from lightning_nrml.losses.base import unit_rows
 from lightning_nrml.losses.swav import sinkhorn
 from lightning_nrml.memory import FeatureQueue
 from lightning_nrml.models import projector
@@ -118,7 +119,7 @@ class SwAV(SelfSupervised):
         h: list[Tensor] = []
         for _, group in groupby(views, key=lambda view: view.shape[-2:]):
             h += self.features(list(group), joint=True)
-        z = F.normalize(self.projector(torch.cat(h)).float(), dim=1)
+        z = unit_rows(self.projector(torch.cat(h)).float())
         with torch.autocast(z.device.type, enabled=False):  # codes magnify rounding errors by 1 / epsilon
             scores = list(F.linear(z, self.prototypes.weight.float()).chunk(len(views)))
         large = z.detach().chunk(len(views))[: self.large_crops]

@@ -64,3 +64,6 @@ def test_mask_is_copied_saved_and_restored():
     other = FixedFilter([False] * 5)
     other.load_state_dict(filter.state_dict())
     assert other.clean.tolist() == MASK
+    without = FixedFilter()
+    without.load_state_dict(filter.state_dict())
+    assert without.clean.tolist() == MASK

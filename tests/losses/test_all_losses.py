@@ -168,3 +168,13 @@ def test_a_step_on_the_loss_lowers_it(name):
     before, gradients = run(loss, z, label)
     after, _ = run(loss, z - 1e-3 * gradients[0] / gradients[0].norm(), label)
     assert after < before
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("pml")])
+def test_a_kept_row_of_zeros_gets_no_gradient_and_spoils_nobody_elses(name):
+    z, label = batch()
+    z[0] = 0
+    value, (gradient, *others) = run(make(name), z, label)
+    assert value.isfinite()
+    assert (gradient[0] == 0).all()
+    assert all(g.isfinite().all() and g.abs().max() < 100 for g in (gradient, *others) if g is not None)
