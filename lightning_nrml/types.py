@@ -98,7 +98,7 @@ class Selection:
         """The neutral decision: weight 1, no score. ``label`` gives the shape and device."""
         weight = torch.ones(label.shape, dtype=torch.float32, device=label.device)
         nan = torch.full_like(weight, torch.nan)
-        return cls(weight, nan, torch.tensor(torch.nan, device=label.device))
+        return cls(weight, nan, weight.new_full((), torch.nan))
 
 
 LossFn = Callable[[Tensor | None], Tensor | Mapping[str, Tensor]]

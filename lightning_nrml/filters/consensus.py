@@ -298,7 +298,7 @@ class Consensus(NoiseFilter):
         self._last = (ctx, judged)
         score, finite = self._log_clean(judged["evidence"], ctx.label), judged["finite"]
         score = score.masked_fill(~finite, torch.nan)
-        threshold = score.new_tensor(0.5).log()
+        threshold = score.new_full((), 0.5).log()
         threshold = torch.where(self.steps < self.warmup_steps, torch.nan, threshold)
         stats = {
             "unknown": finite & score.isnan(),
@@ -311,7 +311,7 @@ class Consensus(NoiseFilter):
     @torch.no_grad()
     def select_scores(self, score: Tensor) -> Selection:
         """Keep what is at least as likely clean as not; NaN is kept, and during warm-up everything."""
-        threshold = score.new_tensor(0.5).log().masked_fill(self.steps < self.warmup_steps, torch.nan)
+        threshold = score.new_full((), 0.5).log().masked_fill(self.steps < self.warmup_steps, torch.nan)
         return Selection(
             (~(score < threshold)).float(), score, threshold, {"noise_rate": self.groups.cut()[1]}
         )

@@ -35,7 +35,7 @@ def share_cut(score: Tensor, rate: float) -> Tensor:
     value = torch.cat([score.new_full((1,), torch.nan), score.sort().values]).take(remove)
     below, upto = (score < value).sum(), (score <= value).sum()
     with_ties = (upto - remove <= remove - below) & (upto < n)
-    return torch.where(with_ties, value, value.nextafter(value.new_tensor(-torch.inf)))
+    return torch.where(with_ties, value, value.nextafter(value.new_full((), -torch.inf)))
 
 
 class SmoothedCut(StateModule):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrml.filters.base import NoiseFilter
+from lightning_nrml.indexing import check_index
 from lightning_nrml.types import FilterContext, Selection
 
 
@@ -58,7 +59,7 @@ class FixedFilter(NoiseFilter):
         """``(B,)``: 0 for samples of the mask, ``-inf`` for the others.
 
         Raises:
-            IndexError: if an index of the batch lies outside the mask.
+            IndexError: if an index of the batch lies outside the mask (checked on the CPU only).
             RuntimeError: if no mask was given yet.
         """
         zero = torch.zeros(len(ctx), dtype=torch.float32, device=self.clean.device)
@@ -85,11 +86,5 @@ class FixedFilter(NoiseFilter):
         size = self.clean.numel()
         if size == 0:
             raise RuntimeError("FixedFilter has no mask; pass mask=... or call set_mask(mask) first.")
-        index = index.to(self.clean.device)
-        outside = (index < 0) | (index >= size)
-        if bool(outside.any()):
-            raise IndexError(
-                f"index {int(index[outside][0])} is outside the mask of {size} samples; "
-                "the mask needs one entry per sample of the training set."
-            )
-        return self.clean[index]
+        check_index(index, size, "The mask of FixedFilter")
+        return self.clean[index.to(self.clean.device)]

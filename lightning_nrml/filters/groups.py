@@ -64,10 +64,11 @@ class Histogram(StateModule):
         density = self.kernel @ self.counts.double()
         inside = (self.middle >= least) & (self.middle <= most)
         place = torch.where(inside, density, torch.inf).argmin()
-        left = self.middle < self.middle[place]
+        deepest = self.middle.take(place)  # an index in brackets would make the host wait for it
+        left = self.middle < deepest
         height = torch.minimum(torch.where(left, density, 0.0).max(), torch.where(left, 0.0, density).max())
-        found = inside.any() & (density[place] < _DEPTH * height)
-        return torch.where(found, self.middle[place], torch.nan)
+        found = inside.any() & (density.take(place) < _DEPTH * height)
+        return torch.where(found, deepest, torch.nan)
 
     def quantile(self, share: Tensor) -> Tensor:
         """The value under which this share (0-d) of all values lies, 0-d; ``-limit`` without values."""
@@ -146,7 +147,7 @@ class TwoGroups(StateModule):
         """
         cut, low_share = self.cut()
         if share is not None:
-            low_share = low_share.new_tensor(share)
+            low_share = low_share.new_full((), share)
             cut = self.values.quantile(low_share)
         mean = self.low.mean()
         high = (self.values.mean() - low_share * mean) / (1 - low_share)

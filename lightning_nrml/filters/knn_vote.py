@@ -141,7 +141,7 @@ class KNNVote(NoiseFilter):
             ranked = score.masked_fill(self.steps < self.warmup_steps, torch.nan)
             drop, cut = self.cut.push(ranked, self.noise_rate)
         else:
-            cut = score.new_tensor(self.threshold).log()
+            cut = score.new_full((), self.threshold).log()
             cut = cut.masked_fill(self.steps < self.warmup_steps, torch.nan)
             drop = score <= cut
         stats = {"suggested": suggested, "unknown": finite & score.isnan(), "nonfinite": ~finite}
@@ -153,7 +153,7 @@ class KNNVote(NoiseFilter):
         if self.threshold is None:
             cut = share_cut(score, self.noise_rate)
         else:
-            cut = score.new_tensor(self.threshold).log()
+            cut = score.new_full((), self.threshold).log()
         cut = cut.masked_fill(self.steps < self.warmup_steps, torch.nan)
         return Selection((~(score <= cut)).float(), score.float(), cut, {"unknown": score.isnan()})
 

@@ -85,7 +85,7 @@ class LabelGroups(StateModule):
                 ``None`` = estimated, from a start of one tenth.
         """
         weight = self.counts.double()  # given x label x bin
-        start = weight * torch.tensor([1.0, 0.0], dtype=weight.dtype, device=weight.device).view(2, 1, 1)
+        start = torch.stack([weight[0], torch.zeros_like(weight[1])])
         absent = torch.where(restart, start, weight * self._absent())
         mass = torch.stack([absent, weight - absent])  # true x given x label x bin
         size = mass.sum(dim=(1, 3))

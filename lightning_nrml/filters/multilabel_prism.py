@@ -217,7 +217,7 @@ class MultiLabelPRISM(NoiseFilter):
         finite, score = judged["finite"].unsqueeze(1), self._log_clean(judged["evidence"], ctx.label)
         score = score.masked_fill(~finite, torch.nan)
         warm = self.steps < self.warmup_steps
-        threshold = torch.where(warm, torch.nan, score.new_tensor(0.5).log())
+        threshold = torch.where(warm, torch.nan, score.new_full((), 0.5).log())
         weight = score.exp() if self.weighting == "soft" else (score >= threshold).float()
         weight = torch.where(warm | score.isnan(), 1.0, weight) * finite
         return Selection(weight, score, threshold, {"nonfinite": ~judged["finite"], **self._rates()})

@@ -195,7 +195,7 @@ def quantile(value: Tensor, mask: Tensor, q: float) -> Tensor:
     share = (place - low).to(value.dtype)
     if not len(ordered):
         return value.new_full((), torch.nan)
-    first, second = ordered[low], ordered[torch.minimum(low + 1, last.clamp_min(0))]
+    first, second = ordered.take(low), ordered.take(torch.minimum(low + 1, last.clamp_min(0)))
     return first + share * (second - first)
 
 

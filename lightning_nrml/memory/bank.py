@@ -10,8 +10,8 @@ from lightning_nrml.memory.writes import (
     check_rows,
     check_size,
     check_vector,
-    finite_rows,
     last_writer,
+    wanted_rows,
 )
 from lightning_nrml.state import StateModule
 
@@ -47,7 +47,7 @@ class FeatureBank(StateModule):
         self.register_buffer("epoch_seen", torch.full((num_samples,), -1))
 
     @torch.no_grad()
-    def write(self, index: Tensor, z: Tensor, epoch: int) -> None:
+    def write(self, index: Tensor, z: Tensor, epoch: int, keep: Tensor | None = None) -> None:
         """Store a batch; of several rows of one sample the last wins, on every device.
 
         Rows with a NaN or an infinity are skipped: the sample keeps its older feature and epoch.
@@ -56,6 +56,7 @@ class FeatureBank(StateModule):
             index: ``(B,)`` dataset positions.
             z: ``(B, dim)`` features of any float type; detached and stored as float32.
             epoch: stored in ``epoch_seen``.
+            keep: ``(B,)`` bool or weights; rows that are False or 0 are skipped.
 
         Raises:
             ValueError: if a shape is wrong.
@@ -63,9 +64,11 @@ class FeatureBank(StateModule):
         """
         check_rows(z, self.dim, "FeatureBank")
         check_vector(index, len(z), "index", "FeatureBank.write")
+        if keep is not None:
+            check_vector(keep, len(z), "keep", "FeatureBank.write")
         check_index(index, self.num_samples, "FeatureBank")
         z, index = z.to(self.embedding), index.to(self.epoch_seen)
-        valid = finite_rows(z)
+        valid = wanted_rows(z, keep)
         source = last_writer(index, valid)
         written = valid[source]
         self.embedding.index_copy_(0, index, torch.where(written[:, None], z[source], self.embedding[index]))

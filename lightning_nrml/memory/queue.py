@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrml.memory.writes import check_rows, check_size, check_vector, finite_rows
+from lightning_nrml.memory.writes import check_rows, check_size, check_vector, wanted_rows
 from lightning_nrml.state import StateModule
 
 
@@ -86,11 +86,11 @@ class FeatureQueue(StateModule):
         if self.label is not None:
             pairs.append((self.label, label))
         if z.device.type != "cpu":
-            self._write_masked(pairs, _writable(z, keep))
+            self._write_masked(pairs, wanted_rows(z, keep))
             return
         num = len(z)
         if keep is not None or not math.isfinite(z.sum()):  # else one number says that all rows are good
-            good = _writable(z, keep).nonzero().squeeze(1)
+            good = wanted_rows(z, keep).nonzero().squeeze(1)
             num = len(good)
             pairs = [(ring, None if rows is None else rows[good]) for ring, rows in pairs]
         self._write_slices(pairs, num)
@@ -174,9 +174,3 @@ class FeatureQueue(StateModule):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._full = False
-
-
-def _writable(z: Tensor, keep: Tensor | None) -> Tensor:
-    """``(B,)`` bool: rows that are wanted and finite."""
-    good = finite_rows(z)
-    return good if keep is None else good & (keep.to(good.device) > 0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_nrml.indexing import check_index, last_writer
 
-__all__ = ["check_index", "check_rows", "check_size", "check_vector", "finite_rows", "last_writer"]
+__all__ = ["check_index", "check_rows", "check_size", "check_vector", "last_writer", "wanted_rows"]
 
 
 def finite_rows(z: Tensor) -> Tensor:
@@ -16,6 +16,12 @@ def finite_rows(z: Tensor) -> Tensor:
     more than 3e38, which no embedding does), and costs one pass.
     """
     return z.sum(dim=1).isfinite()
+
+
+def wanted_rows(z: Tensor, keep: Tensor | None) -> Tensor:
+    """``(B,)`` bool: rows of ``z (B, D)`` that are finite and of a weight above 0 (``None`` = all)."""
+    good = finite_rows(z)
+    return good if keep is None else good & (keep.to(good.device) > 0)
 
 
 def check_rows(z: Tensor, dim: int, owner: str) -> None:

@@ -39,7 +39,10 @@ def filter_quality(keep: Tensor, is_noise: Tensor, score: Tensor | None = None) 
 
 
 def _reduce(keep: Tensor, is_noise: Tensor, score: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """``(4,)`` counts of all, kept, clean, clean and kept; and the scores with their noise flags."""
+    """``(4,)`` counts of all, kept, clean, clean and kept; and the scores, NaN among them, with noise flags.
+
+    Of fixed shapes, so that a step does not wait for a GPU.
+    """
     if keep.shape != is_noise.shape or (score is not None and score.shape != keep.shape):
         shapes = [tuple(keep.shape), tuple(is_noise.shape), None if score is None else tuple(score.shape)]
         raise ValueError(f"keep, is_noise and score must have the same shape, got {shapes}.")
@@ -51,13 +54,13 @@ def _reduce(keep: Tensor, is_noise: Tensor, score: Tensor | None) -> tuple[Tenso
             torch.empty(0, device=keep.device),
             torch.empty(0, dtype=torch.bool, device=keep.device),
         )
-    score = score.detach().flatten().float()
-    known = ~score.isnan()
-    return counts, (score[known], ~clean[known])
+    return counts, (score.detach().flatten().float(), ~clean)
 
 
 def _result(counts: Tensor, score: Tensor, is_noise: Tensor) -> dict[str, float]:
     total, kept, clean, both = (float(c) for c in counts)
+    known = ~score.isnan()
+    score, is_noise = score[known], is_noise[known]
     auroc, sd = auroc_with_sd(score, ~is_noise)
     return {
         "precision": _ratio(both, kept),
@@ -132,7 +135,7 @@ def mid_rank(x: Tensor) -> Tensor:
 class FilterQuality(Metric):
     """:func:`filter_quality` accumulated over batches and ranks.
 
-    Keeps four counts, and 5 bytes per scored sample (or label) for the exact AUROC and average precision.
+    Keeps four counts, and 5 bytes per sample (or label) for the exact AUROC and average precision.
     With ``num_labels`` it also tells of ``(B, L)`` labels how the two kinds of errors are found, labels that
     are given but wrong (``extra``) and labels that lack (``missing``): ``extra_precision`` = P(wrong | given,
     dropped), ``extra_recall`` = P(dropped | given, wrong), ``extra_auroc``, and the same for ``missing``;
@@ -188,7 +191,7 @@ class FilterQuality(Metric):
             given = label > 0
             self.label_counts += _label_counts(keep >= 0.5, ~is_noise.bool(), given)
             if score is not None:
-                code += 2 * given.flatten()[~score.flatten().isnan()].to(torch.uint8)
+                code += 2 * given.flatten().to(torch.uint8)
         self.score.append(scores)
         self.noise.append(code)
 
@@ -209,7 +212,7 @@ class FilterQuality(Metric):
         noise = code % 2 > 0
         found = _result(self.counts, score, noise)
         for given, name in enumerate(KINDS if self.num_labels else ()):
-            own = code // 2 == given
+            own = (code // 2 == given) & ~score.isnan()
             for key, value in _found(self.label_counts[given].sum(dim=0)).items():
                 found[f"{name}_{key}"] = float(value)
             found[f"{name}_auroc"] = auroc_with_sd(score[own], ~noise[own])[0]

@@ -64,7 +64,7 @@ class BYOL(TaughtModule):
             return {
                 "loss": self.loss(p_a, p_b, t_a, t_b, weight),
                 "output_std": spread(p_a),
-                "tau": torch.tensor(self.current_tau, device=p_a.device),
+                "tau": p_a.new_full((), self.current_tau, dtype=torch.float32),
             }
 
         return StepOutput(h[0], batch["label"], batch["index"], loss_fn=loss_fn)

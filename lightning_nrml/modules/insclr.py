@@ -315,9 +315,9 @@ class InsCLR(EmbeddingModule):
         if self.bank is None or (self.stage == "base" and self.global_step < self.memory_write_start):
             return
         keep = selection.keep
-        self.bank.write(ctx.index[keep], ctx.embedding[keep], ctx.epoch)
+        self.bank.write(ctx.index, ctx.embedding, ctx.epoch, keep)
         if plain is not None and self.plain_bank is not None:
-            self.plain_bank.write(ctx.index[keep], plain[keep], ctx.epoch)
+            self.plain_bank.write(ctx.index, plain, ctx.epoch, keep)
 
 
 def _drop_absent_memories(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -55,7 +55,7 @@ class JoCoR(TwoNetworks):
             share = (kept & (label > 0)).sum() / (label > 0).sum().clamp(min=1)
             return {
                 "loss": loss,
-                "forget_rate": torch.tensor(rate, device=share.device),
+                "forget_rate": share.new_full((), rate, dtype=torch.float32),
                 "kept_positives": share,
             }
 

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_nrml.losses import ContrastiveLoss, CrossBatchContrastiveLoss, Loss
@@ -136,5 +135,4 @@ class MetricLearning(EmbeddingModule):
         """Enqueue the kept rows of the gathered batch."""
         assert self.memory is not None or not self.has_memory
         if self.memory is not None:
-            keep = selection.keep & torch.isfinite(ctx.embedding).all(dim=1)
-            self.memory.enqueue(ctx.embedding[keep], ctx.label[keep], ctx.index[keep])
+            self.memory.enqueue(ctx.embedding, ctx.label, ctx.index, selection.keep)

@@ -38,7 +38,9 @@ def test_whole_set_gives_the_same_decision_as_batches():
 
 @pytest.mark.parametrize("index", [5, -1])
 def test_index_outside_the_mask_names_it(index):
-    with pytest.raises(IndexError, match=rf"index {index} is outside the mask of 5 samples"):
+    with pytest.raises(
+        IndexError, match=rf"mask of FixedFilter has 5 samples, but got dataset index {index}"
+    ):
         FixedFilter(MASK).select(context([0, index]))
 
 

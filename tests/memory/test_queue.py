@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_nrml.memory import FeatureQueue
-from lightning_nrml.memory.queue import _writable
+from lightning_nrml.memory.writes import wanted_rows
 
 
 def _contents(queue: FeatureQueue) -> list[tuple[float, int, int]]:
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
         def enqueue(self, z, label=None, index=None, keep=None):
             z = z.detach().to(self.embedding)
             pairs = [(self.embedding, z), (self.index, index), (self.label, label)]
-            self._write_masked([p for p in pairs if p[0] is not None], _writable(z, keep))
+            self._write_masked([p for p in pairs if p[0] is not None], wanted_rows(z, keep))
 
         monkeypatch.setattr(FeatureQueue, "enqueue", enqueue)
     return request.param
