@@ -118,6 +118,22 @@ def test_last_is_not_best(nrml, folder):
     assert load["last"]["global_step"] == 4
 
 
+def test_best_of_a_moved_run_stays_until_it_is_beaten(nrml, folder):
+    """The metric rises, so under ``min`` the first epoch is the best."""
+    code, _, err = nrml(*FIT, "--checkpoint_best.mode=min")
+    assert code == 0, err
+    (folder / "runs/tiny").rename(folder / "runs/moved")
+    best = folder / "runs/moved/checkpoints/best.ckpt"
+    before = best.read_bytes()
+    code, out, err = nrml("fit", "--ckpt_path=runs/moved", "--trainer.max_epochs=4")
+    assert code == 0, err
+    assert best.read_bytes() == before
+    state = torch.load(folder / "runs/moved/checkpoints/last.ckpt", weights_only=True)
+    (kept,) = (v for k, v in state["callbacks"].items() if k.startswith("BestCheckpoint"))
+    assert kept["best_model_path"] == str(best)
+    assert state["global_step"] == 8
+
+
 @pytest.mark.parametrize(
     ("monitor", "mend"),
     [
