@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +18,26 @@ LOGGED_BY = {
 }
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _RunCheckpoint(ModelCheckpoint):
+    """A checkpoint in a run folder, which may be moved."""
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Know the checkpoints of a run that was moved.
+
+        Lightning forgets the best score then, and the next validation, however bad, overwrote best.ckpt.
+        """
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        resumed, here = Path(str(trainer.ckpt_path)), Path(str(self.dirpath))
+        if state and state["dirpath"] != self.dirpath and resumed.resolve().parent == here.resolve():
+            state["dirpath"] = self.dirpath
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[key] = _moved(state[key], here)
+            state["best_k_models"] = {_moved(k, here): v for k, v in state["best_k_models"].items()}
+
+
+class LastCheckpoint(_RunCheckpoint):
     """Writes ``last.ckpt`` at the end of every ``every_n_epochs``-th training epoch.
 
     Lightning's own ``save_last=True`` writes only when a *best* checkpoint was written too, so a resume
@@ -45,6 +65,7 @@ class LastCheckpoint(ModelCheckpoint):
         Lightning forgets to count the epoch that such a run goes on with, and leaves one out when the run is
         resumed once more. The validation that was due after the step is not made up for.
         """
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         batches, epochs = loop.get("epoch_loop.batch_progress"), loop.get("epoch_progress")
         if not batches or not batches["is_last_batch"]:
@@ -74,7 +95,7 @@ class LastCheckpoint(ModelCheckpoint):
                 )
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_RunCheckpoint):
     """Writes ``best.ckpt`` whenever ``monitor`` improves; does nothing while nobody logs that metric.
 
     Args:
@@ -125,3 +146,8 @@ class BestCheckpoint(ModelCheckpoint):
             f"nothing logged '{self.monitor}'. {mend}, or set checkpoint_best.monitor to a metric that is "
             "logged."
         )
+
+
+def _moved(path: str, folder: Path) -> str:
+    """The file of that name in ``folder``; an empty path stays so."""
+    return str(folder / Path(path).name) if path else ""

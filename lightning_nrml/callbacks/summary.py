@@ -6,7 +6,7 @@ import json
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -47,6 +47,15 @@ class FitSummary(Callback):
 
     def __init__(self, run_folder: str | None = None) -> None:
         self.run_folder = run_folder
+        self._trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A new run."""
+        self._trained = False
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """There is something to tell of."""
+        self._trained = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on rank 0, after the progress bar has closed."""
@@ -70,7 +79,8 @@ class FitSummary(Callback):
                         shown.append(f"{best[key]:.4f}" if key in best else "")
                     table.add_row(f"{said} ({key})", *shown)
             console.print(table)
-        self._write_results(trainer, values, best)
+        if self._trained:  # or else the folder may hold the results of an earlier run, or of this one
+            self._write_results(trainer, values, best)
         for line in self.lines(trainer):
             console.print(line, markup=False, highlight=False)
 

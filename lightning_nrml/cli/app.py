@@ -188,7 +188,7 @@ class NRMLCLI(LightningCLI):
             callbacks.append(PredictionWriter(str(self.output_folder)))
         keys = ["run_card"]
         if trainer.enable_checkpointing is not False:
-            keys += ["checkpoint_last", "checkpoint_best"]
+            keys += ["checkpoint_best", "checkpoint_last"]  # the last one holds what the best one knows
         built = self.config_init.get(self.subcommand or "", self.config_init)
         callbacks += [built[key] for key in keys]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}

@@ -118,6 +118,40 @@ def test_last_is_not_best(nrml, folder):
     assert load["last"]["global_step"] == 4
 
 
+def test_a_resumed_run_knows_the_best_of_its_last_epoch(nrml, folder, monkeypatch):
+    """The best checkpoint is also that of the epoch whose end last.ckpt was written at."""
+    assert nrml(*FIT)[0] == 0
+    best = folder / "runs/tiny/checkpoints/best.ckpt"
+    before = best.read_bytes()
+    assert torch.load(best, weights_only=True)["epoch"] == 1
+    rows = csv.DictReader((folder / "runs/tiny/metrics.csv").open())
+    first, second = (float(row["val/recall@1"]) for row in rows if row["val/recall@1"])
+    assert first < second
+    between = (first + second) / 2
+    monkeypatch.setattr(
+        "cli_fakes.TinyModule.validation_step", lambda self, *_: self.log("val/recall@1", between)
+    )
+    code, _, err = nrml(*FIT, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert code == 0, err
+    assert best.read_bytes() == before
+
+
+def test_best_of_a_moved_run_stays_until_it_is_beaten(nrml, folder):
+    """The metric rises, so under ``min`` the first epoch is the best."""
+    code, _, err = nrml(*FIT, "--checkpoint_best.mode=min")
+    assert code == 0, err
+    (folder / "runs/tiny").rename(folder / "runs/moved")
+    best = folder / "runs/moved/checkpoints/best.ckpt"
+    before = best.read_bytes()
+    code, _, err = nrml("fit", "--ckpt_path=runs/moved", "--trainer.max_epochs=4")
+    assert code == 0, err
+    assert best.read_bytes() == before
+    state = torch.load(folder / "runs/moved/checkpoints/last.ckpt", weights_only=True)
+    (kept,) = (v for k, v in state["callbacks"].items() if k.startswith("BestCheckpoint"))
+    assert kept["best_model_path"] == str(best)
+    assert state["global_step"] == 8
+
+
 @pytest.mark.parametrize(
     ("monitor", "mend"),
     [

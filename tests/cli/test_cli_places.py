@@ -86,6 +86,19 @@ def test_a_run_that_fails_at_its_start_leaves_the_earlier_one_alone(nrml, folder
     assert contents(folder / "runs/tiny") == before
 
 
+@pytest.mark.parametrize(
+    "more", [("--trainer.max_epochs=0",), ("--trainer.limit_train_batches=0",), ("--ckpt_path=last",)]
+)
+def test_a_run_that_trains_nothing_leaves_the_earlier_one_alone(nrml, folder, more):
+    assert nrml(*FIT)[0] == 0
+    run = folder / "runs/tiny"
+    before = contents(run)
+    assert b'"train/loss"' in before["results.json"]
+    code, _, err = nrml(*FIT, *more)
+    assert code == 0, err
+    assert contents(run) == before
+
+
 def test_what_is_logged_before_the_first_batch_is_kept(nrml, folder):
     """The files wait, the numbers do not get lost."""
     code, _, err = nrml(*FIT, "--trainer.callbacks+=cli_fakes.EarlyLog")
