@@ -41,7 +41,7 @@ PARTS = {
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64])
 def other_default(request):
-    """What ``trainer.init_module()`` does with true half or double precision, or a user for a whole script."""
+    """What ``trainer.init_module()`` does in true half precision, or a user for a whole script."""
     torch.set_default_dtype(request.param)
     yield
     torch.set_default_dtype(torch.float32)

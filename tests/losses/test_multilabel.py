@@ -315,6 +315,22 @@ def test_jocor_equals_loops(choose, rate):
     torch.testing.assert_close(torch.stack([z1.grad, z2.grad]), slope * kept / kept.sum(), **TOL)
 
 
+def test_jocor_ranks_samples_by_the_weighted_mean_of_their_entries():
+    (z1, label, _), (z2, _, _) = batch(1), batch(2)
+    w = torch.rand(B, L, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    cost = torch.stack(
+        [
+            MultiLabelJoCoRLoss(0.3, 0.0)(z1[i : i + 1], z2[i : i + 1], label[i : i + 1], w[i : i + 1])
+            for i in range(B)
+        ]
+    )
+    loss, kept = MultiLabelJoCoRLoss(0.3, 0.5).terms(z1, z2, label, w)
+    chosen = cost.argsort()[: B // 2]
+    assert kept.all(dim=1).nonzero().flatten().tolist() == sorted(chosen.tolist())
+    mass = w.sum(dim=1)[chosen]
+    torch.testing.assert_close(loss, (cost[chosen] * mass).sum() / mass.sum(), **TOL)
+
+
 def test_jocor_laws():
     (z1, label, _), (z2, _, _) = batch(1), batch(2)
     agree = MultiLabelJoCoRLoss(1.0, 0.0)
