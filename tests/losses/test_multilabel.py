@@ -274,6 +274,21 @@ def test_asl_has_the_formulas_gradient_up_to_a_certain_entry(gamma, positive):
         assert (grad[0, -2:] == 0).all()
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_asl_takes_its_exponents_as_they_are(default):
+    z, label, _ = batch()
+    torch.set_default_dtype(default)
+    try:
+        got = MultiLabelASLLoss(1.3, 0.7, 0.03)(z, label)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    want = 0.0
+    for p, y in zip(z.sigmoid().flatten().tolist(), label.flatten().tolist(), strict=True):
+        right, gamma = (p, 0.7) if y else (min(1 - p + 0.03, 1.0), 1.3)
+        want -= (1 - right) ** gamma * math.log(right) / (B * L)
+    assert got.item() == pytest.approx(want, rel=1e-12)
+
+
 def test_asl_equals_timm():
     z, label, _ = batch()
     z = z.float()  # timm knows no other type
