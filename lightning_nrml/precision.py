@@ -1,4 +1,4 @@
-"""Matrix products in the precision of their operands."""
+"""Products and new tensors in full precision, whatever the run is set to."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def exact_products(device_type: str) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled(device_type) or _setting(device_type)[1] not in ("none", "ieee", "highest"):
         return _forced(device_type)
     return nullcontext()
+
+
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """New tensors are fp32 inside: ``precision="bf16-true"`` and its like change torch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.filters.chain import Mode, tolerate_absent_filters
 from lightning_nrml.memory import FeatureBank, LabelLedger, SampleLedger
 from lightning_nrml.metrics import FilterQuality
+from lightning_nrml.precision import float32_default
 from lightning_nrml.types import FilterContext, Selection
 
 Granularity = Literal["batch", "epoch"]
@@ -371,6 +372,7 @@ class NoiseFilterCallback(Callback):
 
 
 @torch.no_grad()
+@float32_default()
 def confident_labels(part: NoiseFilter, ctx: FilterContext, selection: Selection) -> Tensor:
     """``(B,)`` suggested labels that score like the kept rows of the batch do with theirs; -1 elsewhere.
 

@@ -12,6 +12,7 @@ from lightning_nrml import distributed
 from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.memory import FeatureBank, SampleLedger
 from lightning_nrml.metrics import FilterQuality
+from lightning_nrml.precision import float32_default
 from lightning_nrml.types import FilterContext
 
 _CHUNK = 8192
@@ -25,6 +26,7 @@ def add_bank(pl_module: LightningModule, num_samples: int, embedding_dim: int) -
 
 
 @torch.no_grad()
+@float32_default()
 def decide(trainer: Trainer, pl_module: LightningModule, part: NoiseFilter, max_age: int) -> None:
     """Score the whole training set from the bank and write ``ledger.keep`` and ``bank.drawn``.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from lightning_nrml import distributed
 from lightning_nrml.filters.base import NoiseFilter
+from lightning_nrml.precision import float32_default
 from lightning_nrml.types import FilterContext, Selection
 
 Mode = Literal["off", "observe", "batch", "epoch"]
@@ -142,10 +142,11 @@ class FilterChain(nn.ModuleDict):
                     f"The filter '{name}' ({type(part).__name__}) needs `{field}`, but the module's step "
                     f"gives none: {_REMEDY[field]}."
                 )
-        with torch.no_grad(), _float32_default():
+        with torch.no_grad(), float32_default():
             return part.select(ctx)
 
     @torch.no_grad()
+    @float32_default()
     def commit(self) -> tuple[FilterContext, Selection] | None:
         """Let the filters learn from the batch of the last ``select``; returns that batch, once."""
         pending, self.pending = self.pending, None
@@ -154,17 +155,6 @@ class FilterChain(nn.ModuleDict):
             for _, part in self.named_filters():
                 part.update(*pending)
         return pending
-
-
-@contextmanager
-def _float32_default() -> Iterator[None]:
-    """Filters work in fp32; ``precision="bf16-true"`` and its like change torch's default in the step."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _combine(first: Selection, second: Selection, name: str) -> Selection:

@@ -46,7 +46,7 @@ class SideClassifier(StateModule):
         super().__init__()
         self.lr, self.scale = lr, scale
         for name in ("weight", "first", "second"):
-            self.register_buffer(name, torch.zeros(num_classes, embedding_dim))
+            self.register_buffer(name, torch.zeros(num_classes, embedding_dim, dtype=torch.float32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -161,12 +161,13 @@ class Consensus(NoiseFilter):
         self.groups = TwoGroups(_CLIP, mixed=1 / max(num_classes - 1, 1))
         self.floors = ClassFloors(num_classes, num_samples, _CLIP)
         for name in ("evidence", "other_evidence"):
-            self.register_buffer(name, torch.full((num_samples,), torch.nan))
-        self.register_buffer("evidence_weight", torch.zeros(num_samples))
-        self.register_buffer("opinion_mean", torch.full((2,), torch.nan))
-        self.register_buffer("opinion_var", torch.full((2,), torch.nan))
+            self.register_buffer(name, torch.full((num_samples,), torch.nan, dtype=torch.float32))
+        self.register_buffer("evidence_weight", torch.zeros(num_samples, dtype=torch.float32))
+        for name in ("opinion_mean", "opinion_var"):
+            self.register_buffer(name, torch.full((2,), torch.nan, dtype=torch.float32))
         classifier = min(1.0, num_samples / num_classes / _ENOUGH) ** 2
-        self.register_buffer("weights", torch.tensor([1.0, classifier]), persistent=False)
+        weights = torch.tensor([1.0, classifier], dtype=torch.float32)
+        self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
 

@@ -58,7 +58,7 @@ class SmoothedCut(StateModule):
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}.")
         self.window = window
-        self.register_buffer("window_values", torch.full((window,), torch.nan))
+        self.register_buffer("window_values", torch.full((window,), torch.nan, dtype=torch.float32))
 
     def push(self, score: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Take in the scores ``(B,)`` of a batch and decide on them.

@@ -95,7 +95,7 @@ class KNNVote(NoiseFilter):
         if label.is_cpu and bool(((label < 0) | (label >= self.num_classes)).any()):
             raise label_error(label, self.num_classes)
         finite = ctx.embedding.isfinite().all(dim=1)
-        score = torch.full(label.shape, torch.nan, device=label.device)
+        score = torch.full(label.shape, torch.nan, device=label.device, dtype=torch.float32)
         suggested = torch.full_like(label, -1)
         memory, _ = self.queue.get()
         if len(memory) < self.k:
@@ -104,7 +104,7 @@ class KNNVote(NoiseFilter):
         for part in torch.arange(len(label), device=label.device).split(max(_BLOCK // len(memory), 1)):
             voter, known = self._nearest(rows[part], ctx.index[part], finite[part])
             votes = (voter == label[part].unsqueeze(1)).sum(dim=1)
-            log_p = ((votes + self.smoothing / self.num_classes) / (self.k + self.smoothing)).log()
+            log_p = ((votes.float() + self.smoothing / self.num_classes) / (self.k + self.smoothing)).log()
             score[part] = log_p.masked_fill(~known, torch.nan)
             same = (voter.unsqueeze(2) == voter.unsqueeze(1)).sum(dim=2)
             # ties between classes go to the nearer voter

@@ -114,10 +114,12 @@ class MultiLabelPRISM(NoiseFilter):
         slots = memory_size or num_samples
         self.bank = None if judges == "classifier" else LabelCenters(num_labels, embedding_dim, slots)
         self.groups = LabelGroups(num_labels, _CLIP)
-        self.register_buffer("evidence", torch.full((num_samples, num_labels), torch.nan))
-        self.register_buffer("evidence_weight", torch.zeros(num_samples))
-        self.register_buffer("opinion_mean", torch.full((2, num_labels), torch.nan))
-        self.register_buffer("opinion_var", torch.full((2, num_labels), torch.nan))
+        self.register_buffer(
+            "evidence", torch.full((num_samples, num_labels), torch.nan, dtype=torch.float32)
+        )
+        self.register_buffer("evidence_weight", torch.zeros(num_samples, dtype=torch.float32))
+        for name in ("opinion_mean", "opinion_var"):
+            self.register_buffer(name, torch.full((2, num_labels), torch.nan, dtype=torch.float32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._last: tuple[FilterContext, dict[str, Tensor]] | None = None
 
@@ -136,7 +138,7 @@ class MultiLabelPRISM(NoiseFilter):
 
     def _tables(self, ctx: FilterContext, rows: Tensor) -> Tensor:
         """``(2, B, L)`` float32 opinions of memory and classifier, NaN where one has none."""
-        tables = torch.full((2, len(ctx), self.num_labels), torch.nan, device=rows.device)
+        tables = rows.new_full((2, len(ctx), self.num_labels), torch.nan)
         if self.bank is not None:
             without, having = self.bank.means(rows, ctx.index)
             tables[0] = (having - without).float()

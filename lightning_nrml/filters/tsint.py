@@ -99,7 +99,7 @@ class TSINT(NoiseFilter):
         self.keep_positive = keep_positive
         self.drop_negative = drop_negative
         self.momentum = momentum
-        self.register_buffer("cuts", torch.full((2,), torch.nan))
+        self.register_buffer("cuts", torch.full((2,), torch.nan, dtype=torch.float32))
 
     @property
     def shares(self) -> tuple[float, float]:

@@ -124,7 +124,7 @@ class DistanceWeightedMiner(nn.Module):
 
 def _draw(share: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
     """``(B, number)`` columns drawn with replacement by the weights ``share (B, M)`` of each row."""
-    uniform = torch.rand(len(share), number, generator=generator).to(share)
+    uniform = torch.rand(len(share), number, generator=generator, dtype=torch.float32).to(share)
     mass = share.cumsum(dim=1)
     total = mass[:, -1:]
     below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -104,7 +104,7 @@ class MultiLabelASLLoss(MultiLabelLoss):
             z, y, w = prepare_entries(logits, label, weight)
             p = z.sigmoid()
             right = torch.where(y > 0.5, p, (1 - p + self.clip).clamp(max=1.0))
-            gamma = torch.where(y > 0.5, self.gamma_pos, self.gamma_neg)
+            gamma = torch.full_like(right, self.gamma_neg).masked_fill_(y > 0.5, self.gamma_pos)
             # at 0 the slope of the power is infinite below gamma = 1, but its product with the log is 0
             wrong = (1 - right).clamp(min=torch.finfo(right.dtype).tiny)
             return entry_mean(-(wrong**gamma) * right.clamp(min=1e-8).log(), w)

@@ -41,7 +41,11 @@ class TargetLoss(MultiLabelLoss):
                 f"num_samples ({num_samples}) must be 0 or more, and num_labels ({num_labels}) 1 or more."
             )
         self.num_labels, self.momentum = num_labels, momentum
-        self.register_buffer("target", torch.full((num_samples, num_labels), self.empty))
+        self.register_buffer("target", self._rows(num_samples))
+
+    def _rows(self, num_samples: int) -> Tensor:
+        """Empty memory."""
+        return torch.full((num_samples, self.num_labels), self.empty, dtype=torch.float32)
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
@@ -55,7 +59,7 @@ class TargetLoss(MultiLabelLoss):
             ValueError: the memory belongs to a set of another size.
         """
         if self.num_samples == 0:
-            self.target = torch.full((num_samples, self.num_labels), self.empty, device=self.target.device)
+            self.target = self._rows(num_samples).to(self.target.device)
         elif self.num_samples != num_samples:
             raise ValueError(
                 f"{type(self).__name__} remembers {self.num_samples} samples, but the training set has "

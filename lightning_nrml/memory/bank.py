@@ -43,7 +43,7 @@ class FeatureBank(StateModule):
         check_size(dim, "dim", "FeatureBank")
         self.num_samples = num_samples
         self.dim = dim
-        self.register_buffer("embedding", torch.zeros(num_samples, dim))
+        self.register_buffer("embedding", torch.zeros(num_samples, dim, dtype=torch.float32))
         self.register_buffer("epoch_seen", torch.full((num_samples,), -1))
 
     @torch.no_grad()

@@ -49,9 +49,9 @@ class ClassSums(StateModule):
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.memory_size = memory_size
-        self.register_buffer("memory", torch.zeros(memory_size, embedding_dim))
+        self.register_buffer("memory", torch.zeros(memory_size, embedding_dim, dtype=torch.float32))
         self.register_buffer("memory_label", torch.full((memory_size,), -1))
-        self.register_buffer("centers", torch.zeros(num_classes, embedding_dim))
+        self.register_buffer("centers", torch.zeros(num_classes, embedding_dim, dtype=torch.float32))
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("class_sum", torch.zeros(num_classes, embedding_dim, dtype=torch.float64))
         self.register_buffer("class_count", torch.zeros(num_classes, dtype=torch.int64))

@@ -46,7 +46,7 @@ class LabelCenters(StateModule):
         for name, value in sizes.items():
             check_size(value, name, "LabelCenters")
         self.memory_size = memory_size
-        self.register_buffer("memory", torch.zeros(memory_size, embedding_dim))
+        self.register_buffer("memory", torch.zeros(memory_size, embedding_dim, dtype=torch.float32))
         self.register_buffer("memory_index", torch.full((memory_size,), -1))
         self.register_buffer("trust", torch.zeros(memory_size, num_labels, dtype=torch.int8))
         self.register_buffer("total", torch.zeros(2, num_labels, embedding_dim, dtype=torch.float64))

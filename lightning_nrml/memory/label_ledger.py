@@ -45,7 +45,7 @@ class LabelLedger(SampleLedger):
         shape = (num_samples, num_labels)
         self.register_buffer("label_dropped", torch.zeros(shape, dtype=torch.int16))
         self.register_buffer("label_last_score", torch.full(shape, torch.nan, dtype=torch.float16))
-        self.register_buffer("label_score_sum", torch.zeros(shape))
+        self.register_buffer("label_score_sum", torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("label_score_count", torch.zeros(shape, dtype=torch.int16))
 
     @torch.no_grad()

@@ -47,8 +47,8 @@ class SampleLedger(StateModule):
         self.num_samples = num_samples
         self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.int64))
         self.register_buffer("dropped", torch.zeros(num_samples, dtype=torch.int64))
-        self.register_buffer("last_score", torch.full((num_samples,), torch.nan))
-        self.register_buffer("score_sum", torch.zeros(num_samples))
+        self.register_buffer("last_score", torch.full((num_samples,), torch.nan, dtype=torch.float32))
+        self.register_buffer("score_sum", torch.zeros(num_samples, dtype=torch.float32))
         self.register_buffer("score_count", torch.zeros(num_samples, dtype=torch.int64))
         self.register_buffer("suggested", torch.full((num_samples,), -1))
         self.register_buffer("keep", torch.ones(num_samples, dtype=torch.bool))

@@ -38,7 +38,7 @@ class CandidatePool(StateModule):
         check_size(size, "size", "CandidatePool")
         self.num_samples, self.size = num_samples, size
         self.register_buffer("neighbour", torch.full((num_samples, size), -1, dtype=torch.int32))
-        self.register_buffer("similarity", torch.full((num_samples, size), -torch.inf))
+        self.register_buffer("similarity", torch.full((num_samples, size), -torch.inf, dtype=torch.float32))
         self.register_buffer("epoch", torch.tensor(-1))
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class FeatureQueue(StateModule):
         self.size = size
         self.dim = dim
         self.with_label = with_label
-        self.register_buffer("embedding", torch.zeros(size, dim))
+        self.register_buffer("embedding", torch.zeros(size, dim, dtype=torch.float32))
         self.register_buffer("label", torch.full((size,), -1) if with_label else None)
         self.register_buffer("index", torch.full((size,), -1))
         self.register_buffer("pointer", torch.tensor(0))

@@ -284,6 +284,7 @@ def _loss(out: StepOutput, selection: Selection | None) -> tuple[Tensor, Mapping
         raise TypeError("StepOutput needs a loss_fn or a per_sample_loss: step() returned neither.")
     if weight is None:
         return out.per_sample_loss.mean(), {}
+    weight = torch.where(weight > 0, weight, 0.0)  # NaN is dropped, too
     kept = torch.where(weight > 0, out.per_sample_loss, out.per_sample_loss.detach().new_zeros(()))
     total = distributed.mean_over_ranks(weight.sum()).clamp_min(torch.finfo(torch.float32).tiny)
     return (kept * weight).sum() / total, {}

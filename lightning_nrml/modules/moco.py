@@ -77,7 +77,7 @@ class MoCo(TaughtModule):
     def _fill_queue(self) -> None:
         """Random unit rows from a seed of their own: equal on all ranks, whatever the global seed."""
         generator = torch.Generator().manual_seed(mix_seed(self.queue.size, self.queue.dim))
-        rows = torch.randn(self.queue.size, self.queue.dim, generator=generator)
+        rows = torch.randn(self.queue.size, self.queue.dim, generator=generator, dtype=torch.float32)
         self.queue.reset()
         self.queue.enqueue(F.normalize(rows, dim=1).to(self.queue.embedding))
 

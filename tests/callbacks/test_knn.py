@@ -11,7 +11,7 @@ from helpers import assert_same_state, digits, module, state_of, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_nrml.callbacks import OnlineKNN
+from lightning_nrml.callbacks import OnlineKNN, OnlineLinearProbe
 from lightning_nrml.data import DigitsDataModule, NoiseConfig
 from lightning_nrml.metrics import KNNClassifier
 from lightning_nrml.modules.full_pass import evaluating
@@ -131,7 +131,7 @@ def test_a_second_fit_starts_with_an_empty_bank_and_a_resumed_one_does_not(tmp_p
     assert sorted(seen.rows[0]) == net.knn_bank.filled.nonzero()[:, 0].tolist()
     # the run is over already, so that what is there now was restored
     run = trainer(tmp_path, 3, [OnlineKNN(mode="running")])
-    run.fit(net, digits(), ckpt_path=tmp_path / "2.ckpt", weights_only=False)
+    run.fit(net, digits(), ckpt_path=tmp_path / "2.ckpt")
     assert_same_state(first, state_of(net))
 
 
@@ -141,11 +141,11 @@ def test_validate_on_a_checkpoint_repeats_the_value(tmp_path: Path, mode: str) -
     run = trainer(tmp_path, 1, [OnlineKNN(mode=mode), saver])
     run.fit(module(), digits())
     again = trainer(tmp_path, 1, [OnlineKNN(mode=mode)])
-    again.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
+    again.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
     assert float(again.callback_metrics["val/knn_top1"]) == float(run.callback_metrics["val/knn_top1"])
     # a module without the callback loads the same file
     plain = trainer(tmp_path, 1)
-    plain.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
+    plain.validate(module(), digits(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
 
 
 def test_runs_in_test_too(tmp_path: Path) -> None:
@@ -191,3 +191,38 @@ def test_errors(tmp_path: Path) -> None:
     net.num_classes = 10
     with pytest.raises(TypeError, match="mode='running'"):
         trainer(tmp_path, 1, [OnlineKNN()]).validate(net, loader)
+
+
+class Theirs(L.LightningModule):
+    """A module that is not of this package."""
+
+    embedding_dim = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(64, 64)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.flatten(1))
+
+    forward = embed
+
+    def training_step(self, batch, batch_idx):
+        z = self.embed(batch["image"])
+        return {"loss": z.square().mean(), "embedding": z.detach()}
+
+    def validation_step(self, batch, batch_idx):
+        return {"embedding": self.embed(batch["image"])}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("judge", [OnlineKNN, OnlineLinearProbe])
+def test_their_checkpoint_may_hold_the_state_of_other_callbacks(tmp_path: Path, judge) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(tmp_path, 1, [OnlineKNN(mode="running"), OnlineLinearProbe(), saver])
+    run.fit(Theirs(), digits(epoch_length=96))
+    again = trainer(tmp_path, 1, [judge()])
+    (values,) = again.validate(Theirs(), digits(), ckpt_path=saver.last_model_path, verbose=False)
+    assert 0.1 < values["val/knn_top1" if judge is OnlineKNN else "val/probe_top1"] <= 1

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from lightning_nrml.data.noise import (
     NoiseConfig,
+    _clusters,
     apply_noise,
     asymmetric,
     label_hash,
@@ -368,3 +369,15 @@ def test_two_labels_for_one_class_cannot_both_be_right(tmp_path):
     path = table(tmp_path, "index,label,is_noise\n0,0,0\n1,1,0\n")
     with pytest.raises(ValueError, match="must pair each label with one class"):
         apply_noise(np.array([0, 0]), NoiseConfig(table=path), 2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+def test_clusters_are_those_of_the_nearest_mean(rows: int) -> None:
+    g = np.random.default_rng(rows)
+    x = g.normal(size=(rows, 3)) * g.uniform(0.5, 3, size=(rows, 1))  # rows far from 0 attract no others
+    cluster = _clusters(x, g.uniform(size=rows))
+    assert sorted(set(cluster)) == list(range(max(cluster) + 1))
+    mean = np.stack([x[cluster == c].mean(axis=0) for c in range(max(cluster) + 1)])
+    distance = ((x[:, None] - mean) ** 2).sum(axis=2)
+    assert (distance.argmin(axis=1) == cluster).all()
+    assert max(cluster) + 1 > rows // 4

@@ -120,6 +120,24 @@ def test_large_and_duplicate_rows_do_not_count_as_positives():
     assert CrossBatchContrastiveLoss()(z, label, z, label).item() == 0
 
 
+def test_neither_all_but_equal_positives_nor_negatives_at_the_margin_count():
+    for cosine, other, counts in (
+        (1 - 5e-6, 0, False),
+        (1 - 2e-5, 0, True),
+        (0.0, 1, False),
+        (1e-6, 1, True),
+    ):
+        z = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64)
+        label = torch.tensor([0, other])
+        for loss in (
+            ContrastiveLoss(0.0),
+            lambda x, y, z=z, y2=label: CrossBatchContrastiveLoss(0.0)(x, y, z, y2),
+        ):
+            x = z.clone().requires_grad_()
+            loss(x, label).backward()
+            assert bool(x.grad.any()) == counts
+
+
 def test_anchor_is_never_its_own_positive_even_if_inexact():
     # a zero row has cosine 0 with itself; only the position tells that it is the same row
     z = torch.zeros(1, 3, requires_grad=True)

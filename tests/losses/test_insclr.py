@@ -58,6 +58,10 @@ def test_identical_rows_of_a_class_are_no_pair_and_the_loss_jumps_by_the_margin(
     assert (x.grad == 0).all()
     below, above = (InsCLRLoss(0.4)(a, y, two(c)[1], y + 1).item() for c in (0.3999, 0.4001))
     assert below == 0
+    # a negative at the margin does not count either, nor a positive that is all but the same
+    InsCLRLoss(0.0)(x, y, two(0.0)[1], y + 1).backward()
+    InsCLRLoss()(x, y, two(1 - 5e-7)[1], y).backward()
+    assert (x.grad == 0).all()
     assert above == pytest.approx(0.4001, abs=1e-6)
 
 

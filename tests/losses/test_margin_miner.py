@@ -162,6 +162,18 @@ def test_the_negatives_of_one_anchor_are_drawn_independently():
     assert agree / total == pytest.approx(want, abs=5 * math.sqrt(want * (1 - want) / total))
 
 
+def test_draws_are_as_fine_in_true_half_precision():
+    share = torch.full((1, 1000), 1e-3)
+    want = _draw(share, 4000, seeded(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = _draw(share, 4000, seeded(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+    assert len(got.unique()) > 900
+
+
 def test_columns_without_weight_are_never_drawn(monkeypatch):
     share = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0], [1e-30, 0, 0, 0, 0], [0, 0, 0, 0, 2.0]])
     for edge in (0.0, 0.299999, 0.3, 0.5, 1 - 2**-24, 1.0):

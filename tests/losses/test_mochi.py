@@ -136,6 +136,13 @@ def test_own_draws_follow_their_laws():
         assert abs(share.mean() / top - 0.5) < 0.01
 
 
+def test_the_query_is_never_the_larger_part_of_its_own_mixtures():
+    q, queue = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    # at this temperature the loss is the largest logit; b / sqrt(b^2 + (1 - b)^2) is 0.7071 for b = 0.5
+    largest = 1e-4 * MoCHiLoss(1e-4, 1, 0, 4000)(q, -queue, queue)
+    assert 0.70 < float(largest) < 0.7072
+
+
 def test_own_draws_come_from_the_global_generator():
     q, k, queue = inputs()
     loss = MoCHiLoss(0.2, HARD, MIXED, QUERY_MIXED)

@@ -274,6 +274,21 @@ def test_asl_has_the_formulas_gradient_up_to_a_certain_entry(gamma, positive):
         assert (grad[0, -2:] == 0).all()
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_asl_takes_its_exponents_as_they_are(default):
+    z, label, _ = batch()
+    torch.set_default_dtype(default)
+    try:
+        got = MultiLabelASLLoss(1.3, 0.7, 0.03)(z, label)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    want = 0.0
+    for p, y in zip(z.sigmoid().flatten().tolist(), label.flatten().tolist(), strict=True):
+        right, gamma = (p, 0.7) if y else (min(1 - p + 0.03, 1.0), 1.3)
+        want -= (1 - right) ** gamma * math.log(right) / (B * L)
+    assert got.item() == pytest.approx(want, rel=1e-12)
+
+
 def test_asl_equals_timm():
     z, label, _ = batch()
     z = z.float()  # timm knows no other type
@@ -313,6 +328,22 @@ def test_jocor_equals_loops(choose, rate):
     assert torch.equal(got_kept, kept)
     torch.testing.assert_close(value.item(), cost[kept].mean().item(), **TOL)
     torch.testing.assert_close(torch.stack([z1.grad, z2.grad]), slope * kept / kept.sum(), **TOL)
+
+
+def test_jocor_ranks_samples_by_the_weighted_mean_of_their_entries():
+    (z1, label, _), (z2, _, _) = batch(1), batch(2)
+    w = torch.rand(B, L, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    cost = torch.stack(
+        [
+            MultiLabelJoCoRLoss(0.3, 0.0)(z1[i : i + 1], z2[i : i + 1], label[i : i + 1], w[i : i + 1])
+            for i in range(B)
+        ]
+    )
+    loss, kept = MultiLabelJoCoRLoss(0.3, 0.5).terms(z1, z2, label, w)
+    chosen = cost.argsort()[: B // 2]
+    assert kept.all(dim=1).nonzero().flatten().tolist() == sorted(chosen.tolist())
+    mass = w.sum(dim=1)[chosen]
+    torch.testing.assert_close(loss, (cost[chosen] * mass).sum() / mass.sum(), **TOL)
 
 
 def test_jocor_laws():

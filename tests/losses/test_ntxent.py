@@ -55,6 +55,17 @@ def test_value_and_gradient_are_the_formula(t, weight):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("cosine", [-1.0, -0.5, 0.5])
+def test_one_pair_that_is_not_alike(cosine):
+    """The only other row is the positive: no gradient, also where exp(cos / t) is far below 1."""
+    a = torch.tensor([[2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64)
+    loss = NTXentLoss(0.1)(a, b)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
+    torch.testing.assert_close(a.grad, torch.zeros_like(a), rtol=0, atol=1e-10)
+
+
 def test_gradcheck():
     w = torch.tensor([1.0, 0.2, 0, 0.7])
     a, b = pair(4, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -118,6 +119,25 @@ def test_fractional_weights_multiply_pairs_and_triplets():
                 if same[a, p] and differs[a, n] and gap > 0:
                     total, mass = total + w[a] * w[p] * w[n] * gap, mass + w[a] * w[p] * w[n]
     torch.testing.assert_close(make("TripletMarginLoss")(embedding(), LABEL, w), total / mass)
+
+
+def test_fractional_weights_where_the_loss_divides_by_its_active_terms():
+    w, beta, margin = torch.linspace(0.1, 1.0, 12), 1.2, 0.1
+    rows = embedding() + 3 * torch.nn.functional.one_hot(LABEL, 8)
+    z = torch.nn.functional.normalize(rows)
+    d = torch.cdist(z, z)
+    total = mass = active = terms = total_terms = 0.0
+    for a, p, n in itertools.product(range(12), repeat=3):
+        if a != p and LABEL[a] == LABEL[p] and LABEL[a] != LABEL[n]:
+            pull, push = (d[a, p] - beta + margin).clamp(min=0), (beta - d[a, n] + margin).clamp(min=0)
+            product, total_terms = w[a] * w[p] * w[n], total_terms + 1
+            total = total + product * (pull + push)
+            active += float(pull > 0) + float(push > 0)
+            if pull + push > 0:
+                mass, terms = mass + product, terms + 1
+    assert 0 < terms < min(total_terms, active)
+    want = total / (mass / terms) / active
+    torch.testing.assert_close(make("MarginLoss", margin=margin)(rows, LABEL, w), want)
 
 
 def test_miner_sees_only_kept_rows():

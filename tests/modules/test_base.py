@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_nrml.filters import FixedFilter
 from lightning_nrml.modules import EmbeddingModule
 from lightning_nrml.modules.base import mix_seed
 from lightning_nrml.optim import ScheduleConfig
-from lightning_nrml.types import Batch, StepOutput
+from lightning_nrml.types import Batch, FilterContext, Selection, StepOutput
 
 TINY = {"backbone": "conv4", "backbone_kwargs": {"input_size": 8, "widths": [8], "strides": [2]}}
 
@@ -87,6 +88,24 @@ def test_per_sample_losses_are_averaged_by_weight(tmp_path: Path, filtered: bool
         assert not out["embedding"].requires_grad
 
 
+class NaNWeights(FixedFilter):
+    """Drops by NaN, which counts as 0."""
+
+    def select(self, ctx: FilterContext) -> Selection:
+        chosen = super().select(ctx)
+        return replace(chosen, weight=chosen.weight.masked_fill(chosen.weight == 0, torch.nan))
+
+
+def test_a_weight_that_is_nan_drops_the_sample(tmp_path: Path) -> None:
+    results = []
+    for kind in (FixedFilter, NaNWeights):
+        torch.manual_seed(0)
+        data, net = digits(), Toy()
+        trainer(tmp_path, 1, [NoiseFilterCallback(kind(_mask(data)))], limit_val_batches=0).fit(net, data)
+        results.append(state_of(net)["backbone.body.0.weight"])
+    assert torch.equal(*results)
+
+
 def test_a_dropped_sample_cannot_reach_the_weights(tmp_path: Path) -> None:
     results = []
     for spoil in (False, True):
@@ -95,6 +114,7 @@ def test_a_dropped_sample_cannot_reach_the_weights(tmp_path: Path) -> None:
         if spoil:  # other pixels in dropped images only; batch norm would see them
             data.setup("fit")
             data.splits.train.images.images[~keep] = 0
+        torch.manual_seed(0)
         net = Toy()
         net.backbone.body[1] = nn.GroupNorm(2, 8)
         trainer(tmp_path, 1, [NoiseFilterCallback(FixedFilter(keep))], limit_val_batches=0).fit(net, data)
