@@ -157,6 +157,11 @@ def test_noise_from_a_table(tmp_path):
     frame.drop(4).to_csv(tmp_path / "short.csv", index=False)
     with pytest.raises(ValueError, match="no row for 1 of 12 train images, the first is 'scene04'"):
         module(tmp_path, noise=str(tmp_path / "short.csv")).num_classes
+    next((tmp_path / "Images").rglob("scene04.*")).unlink()  # an image that is left out needs no row
+    data = module(tmp_path, noise=str(tmp_path / "short.csv"), on_bad_image="skip")
+    with pytest.warns(UserWarning, match="left out 1 missing"):
+        label = data.train_label
+    assert label.tolist() == np.delete(noisy[:12], 4, axis=0).tolist()
     frame.rename(columns={"water": "sea"}).to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(ValueError, match="other labels than the data set: sea, water"):
         module(tmp_path, noise=str(tmp_path / "other.csv")).num_classes
