@@ -305,6 +305,18 @@ def test_bad_rasters_are_named(tmp_path):
         RasterSource([files["good"]], bands=[0])
 
 
+@pytest.mark.parametrize("mode", ["1", "LA", "L", "P", "RGBA", "CMYK"])
+def test_a_picture_of_any_kind_may_come_first(tmp_path, mode):
+    make(tmp_path)
+    first = tmp_path / "Images" / "b" / "scene00.png"
+    first.unlink()
+    first = first.with_suffix(".jpg") if mode == "CMYK" else first
+    Image.new("RGB", (12, 12), (255, 255, 255)).convert(mode).save(first)
+    images = module(tmp_path).splits.train.images
+    assert (images.channels, images.dtype) == (3, torch.uint8)
+    assert images.get([0, 3])[:, :, 4, 4].tolist() == [[255] * 3, [30] * 3]
+
+
 def test_without_rasterio_a_raster_names_the_extra_and_rgb_needs_none(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
     file = tmp_path / "patch.tif"
