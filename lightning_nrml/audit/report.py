@@ -46,7 +46,7 @@ class ReportFacts:
         neighbours: index -> its nearest trusted samples as ``(index, cosine)``.
         labels: labels of each sample, of multi-label data: the table's rows are its entries then (see
             :mod:`lightning_nrml.audit.labels`), and so are ``neighbours``. 1 = one class per sample.
-        sample_paths: of multi-label data the images, so that the page can save a label table.
+        sample_paths: names of the images, so that the page can save a label table that says them.
     """
 
     title: str = "Label audit"
@@ -105,11 +105,11 @@ def page_data(
     curve = _curve(frame)
     labels = label_by_index.to_numpy()
     whole = len(labels) <= _ALL_LABELS and int(label_by_index.index[-1]) == len(labels) - 1
-    identity = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()[:12]
     many, paths = facts.labels > 1, facts.sample_paths
-    wide = many and whole and (paths is None or len(paths) <= _ALL_PATHS)
+    named = whole and paths is not None and len(paths) <= _ALL_PATHS
+    wide = many and whole and (paths is None or named)
     return {
-        "id": f"{identity}-{len(labels)}",
+        "id": f"{_identity(frame)}-{len(labels)}",
         "title": facts.title,
         "tiles": _tiles(frame, facts, curve),
         "facts": [[k, str(v)] for k, v in facts.facts.items()],
@@ -122,13 +122,25 @@ def page_data(
         "pixelated": small,
         "each": facts.labels,
         "wide": wide,
-        "paths": paths if wide else None,
+        "paths": paths if named else None,
         "classes": _classes(frame, facts.calibrated, facts.labels),
         **_confusion(frame, matrix=not many),
         "hist": _histogram(frame, facts.calibrated),
         "pr": curve,
         "labels": ",".join(map(str, labels.tolist())) if whole else None,
     }
+
+
+def _identity(frame: pd.DataFrame) -> str:
+    """Names a data set, so that a browser keeps the marks of each apart: its labels and names of images.
+
+    Labels alone would not do: sets of equally many images per class have the same.
+    """
+    from pandas.util import hash_pandas_object
+
+    columns = [c for c in ("label", "label_name", "path") if c in frame.columns]
+    rows = hash_pandas_object(frame.sort_values("index")[columns], index=False)
+    return hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:12]
 
 
 def _doubtful(frame: pd.DataFrame) -> pd.DataFrame:

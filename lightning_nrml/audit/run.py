@@ -111,7 +111,7 @@ def review_marks(options: AuditOptions, data: AuditData) -> pd.DataFrame | None:
     known = range(data.label.numel())
     if data.label.ndim == 2:
         return read_review(options.review, known, reviewed_entries(options.review, data))
-    return read_review(options.review, known, num_classes=data.num_classes)
+    return read_review(options.review, known, num_classes=data.num_classes, path=sample_paths(data))
 
 
 def audit_ledger(
@@ -217,10 +217,11 @@ def _write(
     if seen is not None:
         corrected = apply_review(corrected, seen)
     files = {"table": write_both(folder, TABLE, frame)}
+    report.sample_paths = sample_paths(data if samples is None else samples)
     if samples is None:
         files["corrected"] = write_both(folder, CORRECTED, corrected)
     else:
-        report.labels, report.sample_paths = samples.num_classes, sample_paths(samples)
+        report.labels = samples.num_classes
         wide = corrected_samples(corrected, samples)
         files["corrected"] = folder / f"{CORRECTED}.csv"
         for suffix in (".parquet", ".csv"):

@@ -174,6 +174,7 @@ def read_review(
     known: Sequence[int] | pd.Series,
     seen: pd.DataFrame | None = None,
     num_classes: int | None = None,
+    path: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The rows of a review (the report's export) that a person marked.
 
@@ -182,9 +183,11 @@ def read_review(
         known: the indices of the samples.
         seen: such a table, read from ``review`` already.
         num_classes: of the labels, if they are classes.
+        path: names of the samples, each once. If the review has names, too, they say which sample is meant:
+            positions move when a file is added, renamed or missing.
 
     Raises:
-        ValueError: a column is missing, an index is not known, or a label is no class.
+        ValueError: a column is missing, an index or a name is not known, or a label is no class.
     """
     seen = read_label_table(review) if seen is None else seen
     for column in ("index", "keep", "mark"):
@@ -193,6 +196,15 @@ def read_review(
                 f"review '{review}' has no column '{column}'; give the CSV that the report saved"
             )
     seen = seen[seen["mark"].isin(MARKS)]
+    if path is not None and "path" in seen.columns:
+        position = {name: i for i, name in enumerate(path)}
+        strange = ~seen["path"].isin(position.keys())
+        if strange.any():
+            first = seen["path"][strange].iloc[0]
+            raise ValueError(
+                f"review '{review}' names '{first}', which the data have not; it is of another run"
+            )
+        seen = seen.assign(index=seen["path"].map(position).astype(np.int64))
     unknown = ~seen["index"].isin(known).to_numpy()
     if unknown.any():
         row = int(seen["index"].to_numpy()[unknown][0])

@@ -20,7 +20,9 @@ from lightning_nrml.files import write_text
 ROWS = {
     "val/recall@1": "Recall@1",
     "val/map@r": "MAP@R",
+    "val/top1": "accuracy",
     "val/knn_top1": "kNN top-1",
+    "val/probe_top1": "linear probe top-1",
     "noise/precision": "keep precision: right among kept labels",
     "noise/recall": "keep recall: kept among right labels",
     "noise/auroc": "AUROC of the clean score",

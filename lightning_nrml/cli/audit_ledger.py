@@ -73,11 +73,16 @@ def find_ledger(path: Path) -> Path:
 
 
 def _load(root: Path, names: list[str]) -> np.ndarray:
-    """uint8 ``(n, 3, 96, 96)``."""
+    """uint8 ``(n, C, 96, 96)``."""
+    from lightning_nrml.data.multilabel_rs import image_source
     from lightning_nrml.data.multilabel_tables import find_images
     from lightning_nrml.data.sources import PICTURE, BadImageError, FileSource
 
+    rows, files = range(len(names)), [str(file) for file in find_images(names, root, once=False)]
     try:
-        return FileSource(find_images(names, root, once=False), 3, PICTURE).get(range(len(names))).numpy()
+        try:
+            return FileSource(files, 3, PICTURE).get(rows).numpy()
+        except BadImageError:  # no pictures: rasters, if the first one is
+            return image_source(files, None, PICTURE).pictures(rows).numpy()
     except BadImageError as error:
         raise UserError(f"--images {root} does not fit the ledger: {error}") from error

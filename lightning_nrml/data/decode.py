@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import EXTRASAMPLES, SAMPLESPERPIXEL
 from torch import Tensor
 
@@ -27,7 +28,7 @@ DECODE_ERRORS = (
 
 
 def to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None, fit: Fit = "crop") -> Tensor:
-    """Decode, convert and resize a Pillow image to uint8 ``(channels, H, W)``.
+    """Decode, turn upright (EXIF), convert and resize a Pillow image to uint8 ``(channels, H, W)``.
 
     Resizing is Pillow's antialiased bilinear filter. JPEGs at least four times too large are first
     decoded at a fraction of their size (never below twice the target), which is much faster.
@@ -39,6 +40,8 @@ def to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None, f
     mode = "RGB" if channels == 3 else "L"
     if size is not None:
         image.draft(mode, (2 * size[1], 2 * size[0]))
+    with suppress(*DECODE_ERRORS):  # damaged notes of a camera; if it is the pixels, they fail below
+        ImageOps.exif_transpose(image, in_place=True)
     image = image.convert(mode)
     if size is not None and image.size != (size[1], size[0]):
         box = _centre_box(image.size, size) if fit == "crop" else None

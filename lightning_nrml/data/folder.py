@@ -99,7 +99,8 @@ class FolderDataModule(NRMLDataModule):
 def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     """Image paths relative to ``root``, their labels ``(N,)``, and the class names, all in sorted order.
 
-    Names that start with a dot, such as the ``._a.jpg`` that macOS leaves on foreign disks, are no images.
+    Names that start with a dot are no images, and there are none below folders of such names: macOS leaves
+    ``._a.jpg`` on foreign disks, other programs keep copies in ``.thumbnails`` or ``.ipynb_checkpoints``.
 
     Raises:
         ValueError: no class folder with images.
@@ -112,7 +113,8 @@ def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
         images = sorted(
             p.relative_to(root).as_posix()
             for p in folder.rglob("*")
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            if p.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         )
         if not images:
             empty.append(folder.name)

@@ -35,6 +35,8 @@ class LabelledData(LightningDataModule):
         self._splits: Splits | None = None
         #: how many of the data set's own labels a label table changed; ``None`` = there is no table
         self.num_changed_labels: int | None = None
+        #: train samples without a file, of which a label table need not know
+        self._absent: list[int] = []
         #: split and name of the images that are not there
         self._missing: list[tuple[str, str]] = []
 
@@ -53,9 +55,12 @@ class LabelledData(LightningDataModule):
         check_splits(splits, type(self).__name__)
         # On the full list and before anything else: a sample's label must not depend on missing files.
         if self.noise.kind != "none" or self.noise.table is not None:
+            if self.noise.table is not None and self.on_bad_image == "skip":
+                self._absent = splits.train.images.missing()
             noisy = self.inject_noise(splits.train, splits.num_classes)
             if self.noise.table is not None:
-                self.num_changed_labels = int((noisy.label != splits.train.label).sum())
+                changed = noisy.label != splits.train.label
+                self.num_changed_labels = int(np.delete(changed, self._absent, axis=0).sum())
             put_noise(splits, noisy)
         for name, split in splits.items():
             setattr(splits, name, self._without_missing(name, split))
@@ -80,7 +85,7 @@ class LabelledData(LightningDataModule):
         embedding = None
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
-        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths)
+        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths, self._absent)
         # a data set with true labels knows the truth, whatever the table says
         return noisy if train.clean_label is None else replace(noisy, known=True)
 

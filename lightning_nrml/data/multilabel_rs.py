@@ -100,9 +100,20 @@ class MultiLabelRSDataModule(MultiLabelRemoteSensing):
         return {name: file for name, file in usual.items() if file.is_file()} or None
 
     def _source(self, files: Sequence[str]) -> ImageSource:
-        if self.bands is None and _is_rgb(files):
-            return FileSource(files, 3, self.image_size, "squash")
-        return RasterSource(files, self.bands, self.image_size)
+        return image_source(files, self.bands, self.image_size)
+
+
+def image_source(files: Sequence[str], bands: Sequence[int] | None, image_size: int | None) -> ImageSource:
+    """Pictures as 8-bit RGB, rasters in their own units; without ``bands`` the first file tells which.
+
+    Args:
+        files: one per image.
+        bands: numbers of the bands to read, from 1, in this order; ``None`` = all.
+        image_size: side of the square that images are resized to; ``None`` keeps the stored size.
+    """
+    if bands is None and _is_rgb(files):
+        return FileSource(files, 3, image_size, "squash")
+    return RasterSource(files, bands, image_size)
 
 
 #: GDAL's tag of TIFF for the nodata value
@@ -119,7 +130,7 @@ def _is_rgb(files: Sequence[str]) -> bool:
                         tags = image.tag_v2
                         rgb = (image.mode == "RGB" and tags.get(SAMPLESPERPIXEL) == 3) or image.mode == "P"
                         return rgb and _NODATA not in tags
-                    return image.mode in ("RGB", "RGBA", "L", "P", "CMYK")
+                    return image.mode not in ("I", "F") and not image.mode.startswith("I;")
             except (UnidentifiedImageError, OSError):
                 return Path(file).suffix.lower() not in (".tif", ".tiff")
     return True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +37,9 @@ from lightning_nrml.data.noise_types import (
     uniform,
 )
 from lightning_nrml.data.tables import match_rows, read_label_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "NoiseConfig",
@@ -280,11 +284,24 @@ def label_hash(label: ArrayLike | Tensor) -> str:
 
 
 def _from_table(
-    clean: np.ndarray, config: NoiseConfig, num_classes: int, path: Sequence[str] | None
+    clean: np.ndarray,
+    config: NoiseConfig,
+    num_classes: int,
+    path: Sequence[str] | None,
+    absent: Sequence[int],
 ) -> NoisyLabels:
     assert config.table is not None
     frame = read_label_table(config.table, config.column)
-    rows = match_rows(frame, config.table, len(clean), path)
+    rows = match_rows(frame, config.table, len(clean), path, absent)
+    there = rows >= 0
+    noisy = _labels_of_rows(frame, rows[there], clean[there], config, num_classes)
+    return noisy if there.all() else noisy.spread(there)
+
+
+def _labels_of_rows(
+    frame: pd.DataFrame, rows: np.ndarray, clean: np.ndarray, config: NoiseConfig, num_classes: int
+) -> NoisyLabels:
+    assert config.table is not None
     frame = frame.iloc[rows]
     label = frame[config.column].to_numpy(dtype=np.int64)
     bad = (label < 0) | (label >= num_classes)
@@ -338,6 +355,7 @@ def apply_noise(
     num_classes: int,
     embedding: ArrayLike | Tensor | None = None,
     path: Sequence[str] | None = None,
+    absent: Sequence[int] = (),
 ) -> NoisyLabels:
     """Give a training set the labels that ``config`` asks for.
 
@@ -346,7 +364,8 @@ def apply_noise(
         config: the noise.
         num_classes: C.
         embedding: ``(N, D)`` frozen features, for ``small_cluster`` only.
-        path: N paths, for tables that name samples by path only.
+        path: N paths, for tables that name samples by path.
+        absent: samples of which a table need not know, as they are left out next.
 
     Returns:
         ``NoisyLabels``. Where ``class_id`` is set, the number of classes is now ``len(class_id)``.
@@ -362,7 +381,9 @@ def apply_noise(
             "per sample; use symmetric, asymmetric, pair_flip or small_cluster"
         )
     if config.table is not None:
-        return _from_table(_checked_label(clean_label, num_classes, lowest=-1), config, num_classes, path)
+        return _from_table(
+            _checked_label(clean_label, num_classes, lowest=-1), config, num_classes, path, absent
+        )
     clean = _checked_label(clean_label, num_classes)
     if config.kind == "symmetric":
         return symmetric(clean, config.rate, num_classes, config.seed)

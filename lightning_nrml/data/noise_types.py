@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,6 +67,23 @@ class NoisyLabels:
         lookup = np.full(int(max(self.clean_label.max(), self.class_id.max())) + 2, -1, dtype=np.int64)
         lookup[self.class_id] = np.arange(len(self.class_id))
         return lookup[self.clean_label]
+
+    def spread(self, there: np.ndarray) -> NoisyLabels:
+        """The same for more samples, of which the ``there`` (bool) are these; the others are left out."""
+
+        def wide(values: np.ndarray, fill: int) -> np.ndarray:
+            out = np.full(len(there), fill, dtype=values.dtype)
+            out[there] = values
+            return out
+
+        keep = np.ones(len(self.label), dtype=bool) if self.keep is None else self.keep
+        return replace(
+            self,
+            label=wide(self.label, 0),
+            clean_label=wide(self.clean_label, -1),
+            is_noise=wide(self.is_noise, 1),
+            keep=wide(keep, 0),
+        )
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """Columns for ``data.tables.write_label_table``; ``NoiseConfig.table`` reads the file back."""

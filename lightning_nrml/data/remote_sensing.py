@@ -84,14 +84,16 @@ class MultiLabelRemoteSensing(RemoteSensing):
             return apply_multilabel_noise(train.label, self.noise, self._label_names, scores)
         noisy = self.read_table(Path(self.noise.table).expanduser())
         names = self._label_order(noisy)
-        position = {image: row for row, image in enumerate(noisy.images)}
-        lost = [image for image in train.paths if image not in position]
+        position, absent = {image: row for row, image in enumerate(noisy.images)}, set(self._absent)
+        lost = [image for i, image in enumerate(train.paths) if image not in position and i not in absent]
         if lost:
             raise ValueError(
                 f"noise.table {noisy.source} has no row for {len(lost)} of {len(train)} train images, the "
                 f"first is '{lost[0]}'"
             )
-        label = noisy.label[[position[image] for image in train.paths]][:, names]
+        label = train.label.copy()
+        there = [i for i, image in enumerate(train.paths) if image in position]
+        label[there] = noisy.label[[position[train.paths[i]] for i in there]][:, names]
         return NoisyLabels(label, train.label, label != train.label, known=noisy.clean_known)
 
     def _label_order(self, table: MultiLabelTable) -> list[int]:

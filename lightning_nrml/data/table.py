@@ -182,18 +182,18 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
     labels = [column for column in label_columns if column in frame.columns]
     if not any(frame[column].str.match(r"\s*[+-]?0\d", na=False).any() for column in labels):
         for column in labels:
-            frame[column] = _numbers_if_all(frame[column])
+            frame[column] = _whole_numbers_if_all(frame[column])
     return frame
 
 
-def _numbers_if_all(column: pd.Series) -> pd.Series:
-    """Text as numbers if every cell is one."""
-    import pandas as pd
+#: what is a number and no name: 1.1 and 1.10, 1000 and 1e3 may be two classes
+_WHOLE = r"\s*(0|-?[1-9]\d{0,17})(?:\.0*)?\s*"
 
-    try:
-        return pd.to_numeric(column)
-    except ValueError:
-        return column
+
+def _whole_numbers_if_all(column: pd.Series) -> pd.Series:
+    """Text as whole numbers if every cell is one, also as ``7.0``; else as it stands."""
+    number = column.str.extract(f"^{_WHOLE}$", expand=False)
+    return number.astype("Int64") if (number.notna() | column.isna()).all() else column
 
 
 def number_classes(

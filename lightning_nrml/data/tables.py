@@ -165,24 +165,35 @@ def read_label_table(path: str | os.PathLike[str], column: str = "label") -> pd.
 
 
 def match_rows(
-    frame: pd.DataFrame, source: str, num_samples: int, path: Sequence[str] | None = None
+    frame: pd.DataFrame,
+    source: str,
+    num_samples: int,
+    path: Sequence[str] | None = None,
+    absent: Sequence[int] = (),
 ) -> np.ndarray:
-    """Row of the table for every sample of a dataset, by ``index`` if the table has it, else by ``path``.
+    """Row of the table for every sample of a dataset, by ``path`` if both have it, else by ``index``.
+
+    Positions move when a file is added, renamed or missing, so paths count where both are there, unless two
+    samples share one: then they are told apart by ``index``.
 
     Args:
         frame: a table from :func:`read_label_table`.
         source: its file name, for messages.
         num_samples: N, size of the training set.
         path: N paths as the dataset names them.
+        absent: samples that need no row.
 
     Returns:
-        ``(N,)`` int64, so that ``frame.iloc[rows]`` is in the dataset's order.
+        ``(N,)`` int64, so that ``frame.iloc[rows]`` is in the dataset's order; -1 for absent samples without
+        a row.
 
     Raises:
         ValueError: rows are missing or belong to no sample, or the table has paths only and the dataset none,
             or one of two samples.
     """
-    if "index" in frame.columns:
+    both = "index" in frame.columns and "path" in frame.columns and path is not None
+    by_path = both and frame["path"].is_unique and len(set(path or ())) == num_samples
+    if "index" in frame.columns and not by_path:
         index = frame["index"].to_numpy()
         unknown = index >= num_samples
         need = f"the training set has {num_samples} samples, so the table belongs to another split"
@@ -193,25 +204,31 @@ def match_rows(
             "give a column 'index' instead"
         )
     else:
-        position: dict[str, int] = {}
-        for i, name in enumerate(path):
-            if position.setdefault(str(name), i) != i:
-                raise ValueError(
-                    f"label table '{source}' names samples by path, but '{name}' is the path of the samples "
-                    f"{position[str(name)]} and {i}; give a column 'index' instead"
-                )
-        index = np.asarray([position.get(name, -1) for name in frame["path"]], dtype=np.int64)
-        need = f"no such path in the training set, whose first is '{next(iter(position), '')}'"
+        index = _positions(frame, source, path)
+        need = f"no such path in the training set, whose first is '{path[0] if len(path) else ''}'"
+        need += "; correct it, or remove the column if the positions in 'index' hold" if both else ""
         _fail(source, "path", index < 0, frame["path"], need)
     rows = np.full(num_samples, -1, dtype=np.int64)
     rows[index] = np.arange(len(index))
-    missing = np.flatnonzero(rows < 0)
+    missing = np.setdiff1d(np.flatnonzero(rows < 0), np.asarray(absent, dtype=np.int64))
     if len(missing):
         raise ValueError(
             f"label table '{source}' has no row for {len(missing)} of {num_samples} training samples, "
             f"the first is index {missing[0]}; give one row per sample"
         )
     return rows
+
+
+def _positions(frame: pd.DataFrame, source: str, path: Sequence[str]) -> np.ndarray:
+    """Sample of every row of the table, by path; -1 = none."""
+    position: dict[str, int] = {}
+    for i, name in enumerate(path):
+        if position.setdefault(str(name), i) != i:
+            raise ValueError(
+                f"label table '{source}' names samples by path, but '{name}' is the path of the samples "
+                f"{position[str(name)]} and {i}; give a column 'index' instead"
+            )
+    return np.asarray([position.get(name, -1) for name in frame["path"]], dtype=np.int64)
 
 
 def write_label_table(

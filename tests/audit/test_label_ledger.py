@@ -121,6 +121,22 @@ def test_corrected_table_of_a_ledger(run, rule, tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/jpeg") == pictured
 
 
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("bands", [1, 4])
+def test_pictures_of_a_ledger_may_be_rasters(run, bands, tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason="pip install 'lightning-nrml[rs]'")
+    folder, source, _ = run
+    (tmp_path / "images").mkdir()
+    size = {"count": bands, "height": 20, "width": 20, "dtype": "uint16"}
+    for name in source.train_paths:
+        with rasterio.open(tmp_path / "images" / f"{name}.tif", "w", driver="GTiff", **size) as file:
+            file.write(np.random.default_rng(0).integers(0, 9999, (bands, 20, 20)).astype(np.uint16))
+    args = ["audit", "--ledger", str(folder), "--out", str(tmp_path), "--images", str(tmp_path / "images")]
+    assert main([*args, "--gallery", "7"]) == 0
+    pictured = pd.read_parquet(tmp_path / "audit.parquet")["sample"].head(7).nunique()
+    assert (tmp_path / "report.html").read_text().count("data:image/jpeg") == pictured
+
+
 def test_errors_of_one_sentence(run, tmp_path, capsys):
     folder, _, _ = run
     capsys.readouterr()

@@ -235,3 +235,65 @@ def test_in_a_browser(digits, tmp_path):
     data = DigitsDataModule(noise=str(saved))
     assert data.train_clean_label is not None  # known to the audit, and the page says so
     assert int(data.train_label[first]) == int(table["suggested_label"][0])
+
+
+def described(names, folder):
+    """Three classes of four samples and a fourth of none; the same labels whatever they are called."""
+    label = np.arange(12) // 4
+    suggested = np.where(np.arange(12) == 1, 2, label)
+    frame = audit_table(
+        label,
+        np.log(np.where(np.arange(12) == 1, 0.1, 0.9)),
+        suggested,
+        confidence=np.full(12, 0.9),
+        class_names=names,
+        path=[f'{folder}/"{i}", {i}.jpg' for i in range(12)],
+    )
+    paths = frame.sort_values("index")["path"].tolist()
+    return frame, ReportFacts(sample_paths=paths), names
+
+
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium found (set CHROMIUM to its path, or apt install chromium)"
+)
+@pytest.mark.timeout(600)
+def test_marks_of_two_sets_and_of_two_tabs_are_kept_apart_and_together(tmp_path):
+    pages = []
+    hebrew, arabic = "\u05d0\u05d1\u05d2", "\u0639\u0631\u0628"
+    for folder, names in (("birds", [hebrew, "b", arabic, "none"]), ("cars", ["x" * 300, "y", "z", "none"])):
+        frame, facts, names = described(names, folder)
+        pages.append(write_report(tmp_path / f"{folder}.html", frame, facts, None, names, rows=6, gallery=6))
+    key = "Object.keys(localStorage).find(k => k.startsWith('nrml-audit'))"
+    stored = f"JSON.parse(localStorage.getItem({key}))"
+    with browser.Browser(PROGRAM, tmp_path) as page:
+        page.size(1366, 768)
+        page.open(pages[0])
+        # names written from right to left do not change places: given first, then the suggestion
+        for of in (".card b", "#pairs bdi"):
+            names = f"[...document.querySelectorAll('{of}')].slice(0, 2)"
+            given, suggested = page.run(f"{names}.map(b => b.getBoundingClientRect().left)")
+            assert given < suggested
+        # another tab has marked sample 3 since this one was opened
+        page.press("w")
+        page.run(f"localStorage.setItem({key}, JSON.stringify({{...{stored}, 3: 'right'}}))")
+        page.press("ArrowRight")
+        page.press("w")
+        second = page.cards()[1]
+        assert page.run(stored) == {"1": "wrong", "3": "right", str(second): "wrong"}
+        # a class that is in the lists but not among the rows of the page
+        page.run("document.querySelector('#classes tr[data-c=\"2\"]').click()")
+        assert page.cards() == []
+        assert "the 6 most suspicious" in page.run("document.getElementById('grid').innerText")
+        page.choose("rule", "relabel")
+        saved = page.save(tmp_path / "labels_reviewed.csv")
+        # the same labels, another data set
+        page.open(pages[1])
+        assert "marked" not in page.run("document.getElementById('count').innerText")
+        page.size(390, 844, phone=True)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert page.problems == []
+    rows = list(csv.DictReader(saved.open()))
+    assert [row["path"] for row in rows] == [f'birds/"{i}", {i}.jpg' for i in range(12)]
+    assert [row["label"] for row in rows][:4] == ["0", "2", "0", "0"]
+    assert [int(row["index"]) for row in rows if row["mark"]] == sorted({1, 3, second})
+    assert [row["index"] for row in rows if row["keep"] == "false"] == [str(second)]

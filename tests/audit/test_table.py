@@ -83,6 +83,12 @@ def test_review_wins(tmp_path):
     review.write_text("index,label,keep,mark\n9,0,true,right\n")
     with pytest.raises(ValueError, match="names index 9, which the table has not"):
         apply_review(corrected_labels(table()), review)
+    review.write_text("index,path,label,keep,mark\n0,b.png,2,true,wrong\n")
+    moved = read_review(review, range(4), path=["a.png", "c.png", "b.png", "d.png"])
+    assert moved["index"].tolist() == [2]  # by name where both have names: positions move
+    assert read_review(review, range(4))["index"].tolist() == [0]
+    with pytest.raises(ValueError, match=r"names 'b\.png', which the data lack; it is of another run"):
+        read_review(review, range(1), path=["a.png"])
     review.write_text("index,label\n0,0\n")
     with pytest.raises(ValueError, match="has no column 'keep'; give the CSV that the report saved"):
         apply_review(corrected_labels(table()), review)

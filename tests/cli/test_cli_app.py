@@ -384,3 +384,13 @@ def test_null_for_an_argument_of_a_view(nrml, folder, given):
     view = yaml.safe_load(text)["data"]["init_args"]["train_view"]["init_args"]
     assert view["mean"] is None
     assert view["std"] == ([0.5] if "0.5" in given[0] else [0.2])
+
+
+def test_the_result_says_what_a_probe_reached(nrml):
+    """Of the last epoch, which is the one to report; the best checkpoint's line has the best."""
+    short = {"max_epochs": 1, "limit_train_batches": 2, "check_val_every_n_epoch": 1, "accelerator": "cpu"}
+    options = [f"--trainer.{key}={value}" for key, value in short.items()]
+    code, out, err = nrml("fit", "--config", "ssl/linear_probe_digits", *options)
+    assert code == 0, err
+    row = next(line for line in out.splitlines() if "linear probe top-1 (val/probe_top1)" in line)
+    assert 0 < float(row.split("│")[2]) < 1

@@ -373,6 +373,34 @@ def test_skip_leaves_missing_images_out_without_moving_the_noise(folder, tmp_pat
     ]
 
 
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("truth", [False, True])
+def test_a_table_made_without_the_missing_images_fits_where_they_are_missing(folder, tmp_path, truth):
+    """Such as the corrected labels of an audit, whose positions are those of the images that are there."""
+    (folder / "train5.png").unlink()
+    before = FileToy(folder, on_bad_image="skip")
+    label = (before.train_label + 1) % 3
+    columns = {"index": range(11), "path": before.train_paths, "label": label, "keep": np.arange(11) != 7}
+    if truth:
+        columns |= {"clean_label": before.train_label, "is_noise": label >= 0}
+    table = write_label_table(tmp_path / "t.csv", columns)
+    dm = FileToy(folder, on_bad_image="skip", noise=str(table))
+    assert dm.train_paths == before.train_paths
+    assert dm.train_label.tolist() == label.tolist()
+    assert dm.train_keep.tolist() == [i != 7 for i in range(11)]
+    assert dm.num_changed_labels == 11
+    assert (dm.noise_summary["rate_realised"], dm.num_classes) == (1.0 if truth else None, 3)
+    # one that knows them all fits, too
+    full = {"index": range(12), "path": [f"train{i}.png" for i in range(12)], "label": [0] * 12}
+    dm = FileToy(folder, on_bad_image="skip", noise=str(write_label_table(tmp_path / "full.csv", full)))
+    assert dm.train_label.tolist() == [0] * 11
+    # where nothing is skipped every sample needs its row
+    Image.new("L", (4, 4)).save(folder / "train5.png")
+    for on_bad_image in ("skip", "raise"):
+        with pytest.raises(ValueError, match="no row for 1 of 12 training samples, the first is index 5"):
+            FileToy(folder, on_bad_image=on_bad_image, noise=str(table)).num_classes
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_survives_corrupt_images_and_lists_them(folder, tmp_path, cache, workers):

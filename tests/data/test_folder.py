@@ -71,6 +71,8 @@ def test_names_that_start_with_a_dot_are_no_images(tmp_path):
     fill(tmp_path, "ab")
     for name in ("._0.png", ".hidden.jpg"):
         (tmp_path / "a" / name).write_bytes(b"resource fork")
+    for name in (".ipynb_checkpoints", "sub/.thumbnails"):  # copies, which would leak into the other split
+        fill(tmp_path / "a", [name])
     splits = folder(tmp_path, split="images").splits
     assert not [path for part in (splits.train, splits.test) for path in part.paths if "/." in path]
     assert len(splits.train) + len(splits.test) == 8

@@ -157,6 +157,11 @@ def test_noise_from_a_table(tmp_path):
     frame.drop(4).to_csv(tmp_path / "short.csv", index=False)
     with pytest.raises(ValueError, match="no row for 1 of 12 train images, the first is 'scene04'"):
         module(tmp_path, noise=str(tmp_path / "short.csv")).num_classes
+    next((tmp_path / "Images").rglob("scene04.*")).unlink()  # an image that is left out needs no row
+    data = module(tmp_path, noise=str(tmp_path / "short.csv"), on_bad_image="skip")
+    with pytest.warns(UserWarning, match="left out 1 missing"):
+        label = data.train_label
+    assert label.tolist() == np.delete(noisy[:12], 4, axis=0).tolist()
     frame.rename(columns={"water": "sea"}).to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(ValueError, match="other labels than the data set: sea, water"):
         module(tmp_path, noise=str(tmp_path / "other.csv")).num_classes
@@ -298,6 +303,18 @@ def test_bad_rasters_are_named(tmp_path):
         RasterSource([tmp_path / "lost.tif"])
     with pytest.raises(ValueError, match="numbered from 1"):
         RasterSource([files["good"]], bands=[0])
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "L", "P", "RGBA", "CMYK"])
+def test_a_picture_of_any_kind_may_come_first(tmp_path, mode):
+    make(tmp_path)
+    first = tmp_path / "Images" / "b" / "scene00.png"
+    first.unlink()
+    first = first.with_suffix(".jpg") if mode == "CMYK" else first
+    Image.new("RGB", (12, 12), (255, 255, 255)).convert(mode).save(first)
+    images = module(tmp_path).splits.train.images
+    assert (images.channels, images.dtype) == (3, torch.uint8)
+    assert images.get([0, 3])[:, :, 4, 4].tolist() == [[255] * 3, [30] * 3]
 
 
 def test_without_rasterio_a_raster_names_the_extra_and_rgb_needs_none(tmp_path, monkeypatch):

@@ -105,6 +105,32 @@ def test_large_jpegs_are_shrunk_while_decoding_without_changing_the_picture_much
     assert np.abs(ours - plain).max() <= 3
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_stand_upright(tmp_path, kind):
+    """As viewers show them: cameras store the picture as the sensor has it, and how to turn it."""
+    stored = np.zeros((40, 80, 3), dtype=np.uint8)
+    stored[:, :40] = 255
+    notes = Image.Exif()
+    notes[0x0112] = 6  # turn by a quarter, clockwise: the left half comes to the top
+    Image.fromarray(stored).save(tmp_path / f"a.{kind.lower()}", kind, exif=notes, quality=95)
+    for size in (None, (20, 10)):
+        shown = FileSource([tmp_path / f"a.{kind.lower()}"], 1, size).get([0])[0, 0].float()
+        assert shown.shape == (size or (80, 40))
+        middle = len(shown) // 2
+        assert shown[: middle - 2].min() > 240
+        assert shown[middle + 2 :].max() < 15
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_notes_of_a_camera_do_no_harm():
+    pixels = picture(0, 32, 32)
+    whole = JpegSource(*concatenated([encode(pixels, "JPEG")])).get([0])
+    entry = b"II*\0\x08\0\0\0\x01\0\x12\x01"
+    for notes in (b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0" + entry, b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        file = encode(pixels, "JPEG", exif=notes)
+        assert torch.equal(JpegSource(*concatenated([file])).get([0]), whole)
+
+
 def test_unequal_sizes_ask_for_an_image_size(files):
     files[1].write_bytes(encode(picture(1, 5, 5)))
     with pytest.raises(ValueError, match=r"1\.png is \(5, 5\) but .*0\.png is \(12, 20\): set image_size"):

@@ -49,6 +49,36 @@ def test_splits_and_clean_labels(images):
     assert dm.noise_summary["rate_realised"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.1", "1.10", "2"],  # were 1.1 twice
+        ["1e3", "1000", "5"],  # were 1000 twice
+        ["12e4", "1e5", "7"],
+        ["10000000000000000001", "10000000000000000002", "3"],  # beyond int64
+        ["9007199254740993", "9007199254740992", "1.5"],  # beyond a float
+        ["inf", "nan", "1"],
+        ["0x10", "16", "+16"],
+        ["True", "1", "NA"],
+    ],
+)
+def test_labels_that_look_like_numbers_stay_apart_and_keep_their_names(images, names):
+    dm = table(images, frame(label=names * 2))
+    assert dm.class_names == sorted(names)
+    assert [dm.class_names[i] for i in dm.train_label.tolist()] == names * 2
+
+
+def test_large_ids_equal_their_clean_ones(images):
+    """An empty cell of the test rows must not make floats of the column, which would round."""
+    ids = [9007199254740993, 9007199254740992] * 3
+    split = ["train"] * 4 + ["test"] * 2
+    dm = table(images, frame(label=ids, clean_label=[*map(str, ids[:4]), "", ""], split=split))
+    assert dm.class_names == ["9007199254740992", "9007199254740993"]
+    assert not dm.train_is_noise.any()
+    empty = table(images, frame(label=ids, clean_label=[""] * 6))
+    assert (empty.num_classes, empty.train_clean_label) == (2, None)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize("kind", [float, "Int64", object, "category", str])
 def test_whole_numbers_are_classes_however_they_are_stored(images, suffix, kind):

@@ -163,3 +163,16 @@ def test_match_rows_by_index_or_path():
         match_rows(by_path, "t.csv", 4, ["a", "b", "c", "b"])
     with pytest.raises(ValueError, match="this dataset has no paths"):
         match_rows(by_path, "t.csv", 3)
+
+
+def test_the_path_says_which_sample_is_meant_where_positions_have_moved():
+    frame = pd.DataFrame({"index": [0, 1, 2], "path": ["a", "b", "c"], "label": [0, 0, 0]})
+    assert match_rows(frame, "t.csv", 3, ["b", "c", "a"]).tolist() == [1, 2, 0]
+    assert match_rows(frame, "t.csv", 3).tolist() == [0, 1, 2]  # the set has no names
+    moved = r"column 'path', row 1: 'b'; no such path .* correct it, or remove the column if .* 'index' hold"
+    with pytest.raises(ValueError, match=moved):
+        match_rows(frame, "t.csv", 3, ["a", "x", "c"])
+    # an image that is not there needs no row
+    assert match_rows(frame, "t.csv", 4, ["a", "x", "b", "c"], absent=[1]).tolist() == [0, -1, 1, 2]
+    with pytest.raises(ValueError, match=r"no row for 1 of 4 .* the first is index 1"):
+        match_rows(frame, "t.csv", 4, ["a", "x", "b", "c"], absent=[2])
