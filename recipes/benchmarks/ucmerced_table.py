@@ -176,7 +176,10 @@ def table(size: int, kind: str, rate: int, rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], target: Path) -> None:
-    """mAP over the noise rate, a panel for each kind; a line joins the means, a dot is one run."""
+    """mAP over the noise rate, a panel for each kind; a line joins the means, a dot is one run.
+
+    What lies far below BCE stands as a number at the lower edge, so that the others can be told apart.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -184,36 +187,40 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
     kinds = [k for k in KINDS if any(r["kind"] == k for r in rows)]
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
-    size = (max(7.0, 1.6 + 2.8 * len(kinds)), 3.9)
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True)
+    size = (max(7.0, 1.6 + 2.8 * len(kinds)), 4.2)
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True, layout="constrained")
     clean = [(0, r["val/map_macro"]) for r in rows if r["method"] == "clean"]
+    lowest = min(r["val/map_macro"] for r in rows if r["method"] == "bce") - 0.02
     for axis, kind in zip(axes[0], kinds, strict=True):
+        noisy = {r["rate"] for r in rows if r["kind"] == kind}
         for i, (method, label) in enumerate(METHODS.items()):
             own = [
                 (r["rate"], r["val/map_macro"]) for r in rows if (r["kind"], r["method"]) == (kind, method)
             ]
             if method == "clean" or not own:
                 continue
+            color = f"C{i}"
+            axis.plot(*zip(*own, strict=True), ".", color=color, markersize=4, label=label.partition(" (")[0])
             # without noise only BCE was run: all lines start at the clean bound
-            points = clean + own
+            points = clean + own if {x for x, _ in own} == noisy else own
             rates = sorted({x for x, _ in points})
             means = [statistics.fmean(v for x, v in points if x == rate) for rate in rates]
-            axis.plot(
-                rates,
-                means,
-                color=f"C{i}",
-                linewidth=2.2 if method == "prism" else 1.2,
-                label=label.partition(" (")[0],
-            )
-            axis.plot(*zip(*own, strict=True), ".", color=f"C{i}", markersize=4)
+            if points is not own:  # else nothing is known between
+                axis.plot(rates, means, color=color, linewidth=2.2 if method == "prism" else 1.2)
+            for rate, mean in zip(rates, means, strict=True):
+                if mean < lowest:
+                    text = f"{mean:.2f}".lstrip("0")
+                    below = axis.annotate(text, (rate, lowest), (-3, 3), textcoords="offset points")
+                    below.set(color=color, ha="right", bbox={"fc": "white", "lw": 0, "pad": 0.5})
         axis.set_title(f"{kind}: {KINDS[kind]}", fontsize=9)
         axis.set_xlabel("noise rate, % of a class's positives")
-        axis.set_xticks([0, 20, 40])
+        axis.set_xticks([0, *sorted(noisy)])
+        axis.set_ylim(bottom=lowest)
+        axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("mAP macro, clean test labels")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.03 + 0.055 * -(-len(handles) // 2), 1, 1))  # room for the legend's rows
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130, metadata={"Software": None})
     plt.close(figure)
