@@ -49,6 +49,15 @@ class FitSummary(Callback):
 
     def __init__(self, run_folder: str | None = None) -> None:
         self.run_folder = run_folder
+        self._trained = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the fit before."""
+        self._trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning comes here only if there is something left to train."""
+        self._trained = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on rank 0, after the progress bar has closed."""
@@ -72,7 +81,8 @@ class FitSummary(Callback):
                         shown.append(f"{best[key]:.4f}" if key in best else "")
                     table.add_row(f"{said} ({key})", *shown)
             console.print(table)
-        self._write_results(trainer, values, best)
+        if self._trained:  # a finished run that is resumed has logged nothing: its results stay
+            self._write_results(trainer, values, best)
         for line in self.lines(trainer):
             console.print(line, markup=False, highlight=False)
 
