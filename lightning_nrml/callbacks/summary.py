@@ -81,7 +81,7 @@ class FitSummary(Callback):
                         shown.append(f"{best[key]:.4f}" if key in best else "")
                     table.add_row(f"{said} ({key})", *shown)
             console.print(table)
-        if self._trained:  # or else the folder may hold the results of an earlier run, or of this one
+        if self._trained:  # a finished run that is resumed has logged nothing: its results stay
             self._write_results(trainer, values, best)
         for line in self.lines(trainer):
             console.print(line, markup=False, highlight=False)

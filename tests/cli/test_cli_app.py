@@ -394,3 +394,19 @@ def test_the_result_says_what_a_probe_reached(nrml):
     assert code == 0, err
     row = next(line for line in out.splitlines() if "linear probe top-1 (val/probe_top1)" in line)
     assert 0 < float(row.split("│")[2]) < 1
+
+
+def test_a_finished_run_keeps_its_results_when_it_is_resumed(nrml, folder):
+    """As a job that is submitted again does."""
+    code, _, err = nrml("fit", "--config", "tiny.yaml")
+    assert code == 0, err
+    results = folder / "runs" / "tiny" / "results.json"
+    before = results.read_text()
+    assert json.loads(before)["last"]
+    code, _, err = nrml("fit", "--config", "runs/tiny/config.yaml", "--ckpt_path", "last")
+    assert code == 0, err
+    assert results.read_text() == before
+    more = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    code, _, err = nrml("fit", "--config", "runs/tiny/config.yaml", *more)
+    assert code == 0, err
+    assert json.loads(results.read_text())["steps"] > json.loads(before)["steps"]
