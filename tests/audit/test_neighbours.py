@@ -36,9 +36,9 @@ def scene(labels: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Any]:
 @pytest.mark.parametrize("count", [0, 1, 3, 100])
 def test_they_are_the_nearest_trusted_ones(labels: int, count: int) -> None:
     embedding, rows, label, scores = scene(labels)
-    # a neighbour without an embedding cannot be shown
+    # samples without an embedding are not judged
     absent = torch.tensor([i not in rows for i in range(N)]).repeat_interleave(labels)
-    scores.log_p_clean[absent] = -torch.inf
+    scores.log_p_clean[absent] = torch.nan
     suspects = torch.arange(0, len(label), 3)
     found = trusted_neighbours(embedding, rows, label, scores, suspects, count, labels)
     unit, place = F.normalize(embedding, dim=1), {int(i): r for r, i in enumerate(rows)}
