@@ -132,7 +132,7 @@ class MultiLabelELRLoss(TargetLoss):
         """See :meth:`MultiLabelLoss.forward`; ``epoch`` is not used."""
         with full_precision(logits):
             z, y, w = prepare_entries(logits, label, weight)
-            p = z.sigmoid().clamp(_CLAMP, 1 - _CLAMP)
+            p, index = z.sigmoid().clamp(_CLAMP, 1 - _CLAMP), index.long()
             if self.training:
                 self._remember(index, p.detach(), y, w)
             t = self.target[index].to(p)
@@ -185,6 +185,7 @@ class MultiLabelSATLoss(TargetLoss):
         with full_precision(logits):
             z, y, w = prepare_entries(logits, label, weight)
             if epoch >= self.warmup_epochs:
+                index = index.long()
                 if self.training:
                     self._remember(index, z.detach().sigmoid(), y, w)
                 y = self._old(index, y)

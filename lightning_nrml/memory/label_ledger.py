@@ -70,7 +70,7 @@ class LabelLedger(SampleLedger):
                 )
         trusted = weight >= 0.5
         super().record(index, trusted.float(), score)
-        index = index.to(self.seen.device)
+        index = index.to(self.seen.device, torch.int64)
         dropped = (~trusted).to(self.label_dropped)
         score = score.to(self.label_score_sum)
         scored = ~score.isnan()

@@ -393,3 +393,18 @@ def test_decisions_do_not_depend_on_clean_labels(tmp_path, name):
         states.append(state_of(net))
     assert_same_state(*states)
     assert int(net.noise_ledger.label_score_count.sum()) > 0
+
+
+def test_a_told_rate_stays_a_rate_where_nearly_all_samples_have_the_label():
+    groups = LabelGroups(1)
+    value = torch.cat([torch.linspace(0.5, 2.5, 95), torch.linspace(-2.5, -1, 5)]).unsqueeze(1)
+    label = torch.ones(100, 1, dtype=torch.int64)
+    label[95:] = 0
+    groups.replace(torch.full_like(value, torch.nan), value, label, torch.ones(100, dtype=torch.bool))
+    for restart in (True, False, False):
+        groups.fit(torch.tensor(restart), noise_rate=0.5)
+    # as many missing as extra ones would be 47 of 5 samples
+    assert groups.rate[:, 0].tolist() == pytest.approx([0.7, 0.5])
+    odds = groups.log_odds(value, label)
+    assert odds.isfinite().all()
+    assert (odds[:95].diff(dim=0) >= 0).all()

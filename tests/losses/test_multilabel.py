@@ -63,6 +63,15 @@ def test_sat_closed_form():
     assert grad.item() == pytest.approx(-0.10728263, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", [MultiLabelELRLoss, MultiLabelSATLoss])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_positions_may_be_any_integers(kind, dtype):
+    z, label, index = batch()
+    one, two = (kind(N, L, **({"warmup_epochs": 0} if kind is MultiLabelSATLoss else {})) for _ in range(2))
+    assert torch.equal(one(z, label, index), two(z, label, index.to(dtype)))
+    torch.testing.assert_close(one.target, two.target, rtol=0, atol=0, equal_nan=True)
+
+
 def test_jocor_closed_form():
     z1, z2 = torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), 2.0, dtype=torch.float64)
     assert MultiLabelJoCoRLoss(0.1)(z1, z2, torch.ones(1, 1)).item() == pytest.approx(0.8142271, abs=1e-6)
