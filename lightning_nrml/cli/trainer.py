@@ -91,9 +91,10 @@ class StopTogether:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer: Any = trainer
         self.told = False
+        connector: Any = trainer._signal_connector
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         if trainer.world_size > 1 and hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
-            self.trainer._signal_connector._sigterm_notifier_fn = self.note
+            connector._sigterm_notifier_fn = self.note
             epoch_loop._broadcast_sigterm_tensor = self.agree
 
     def note(self, signum: int, frame: Any) -> None:

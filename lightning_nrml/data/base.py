@@ -142,7 +142,7 @@ class NRMLDataModule(LabelledData):
         Raises:
             ValueError: the trainer has ``overfit_batches``.
         """
-        if stage == "fit" and self.trainer is not None and getattr(self.trainer, "overfit_batches", 0):
+        if stage == "fit" and self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
             raise ValueError(
                 "trainer.overfit_batches would put samplers that know of neither classes nor ranks "
                 "in the place of the datamodule's: use trainer.limit_train_batches instead."
