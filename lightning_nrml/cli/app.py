@@ -43,7 +43,7 @@ from lightning_nrml.cli.run_folder import (
     with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
-from lightning_nrml.cli.trainer import NRMLTrainer, check_embeds
+from lightning_nrml.cli.trainer import NRMLTrainer, StopTogether, check_embeds
 
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
@@ -225,6 +225,7 @@ class NRMLCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A resumed run continues its metrics file; any run lets :class:`RunConfig` say when it begins."""
+        StopTogether(self.trainer)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None

@@ -137,7 +137,16 @@ class NRMLDataModule(LabelledData):
     # ---- life cycle ------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the labels, and decode what is kept in memory; safe to call again."""
+        """Load the labels, and decode what is kept in memory; safe to call again.
+
+        Raises:
+            ValueError: the trainer has ``overfit_batches``.
+        """
+        if stage == "fit" and self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
+            raise ValueError(
+                "trainer.overfit_batches would put samplers that know of neither classes nor ranks "
+                "in the place of the datamodule's: use trainer.limit_train_batches instead."
+            )
         for name in _SPLITS_OF_STAGE.get(stage, _SPLITS_OF_STAGE[None]):
             split = self._split(name)
             if split is not None:

@@ -114,6 +114,12 @@ def test_impossible_settings_are_refused_at_once(settings, message):
         Toy(**settings)
 
 
+def test_overfit_batches_is_refused(tmp_path):
+    """Lightning's sampler in the place of ours ended in an AttributeError."""
+    with pytest.raises(ValueError, match=r"overfit_batches .* use trainer\.limit_train_batches"):
+        trainer(tmp_path, max_epochs=1, overfit_batches=2).fit(Net(), Toy())
+
+
 def test_labels_are_loaded_once_and_known_before_setup():
     dm = Toy(noise=NoiseConfig("symmetric", 0.5, seed=1))
     assert dm.loads == 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +334,37 @@ def test_processes_that_lightning_launches_equal_one_process(tmp_path):
         for key, value in zero["state"].items():
             assert torch.equal(value.nan_to_num(), one["state"][key].nan_to_num()), key
         assert_same_run(zero, want, 1e-6)
+
+
+def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
+    """As ``scancel`` and ``timeout`` tell them: neither hangs, and the exit code says why."""
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
+    }
+    env = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    model = ["--model=MetricLearning", "--model.backbone=pixels", "--model.embedding_dim=8"]
+    model += ["--model.backbone_kwargs={input_size: 8}", "--model.schedule.warmup_steps=0"]
+    data = ["--data=DigitsDataModule", "--data.batch_size=32", "--data.m_per_class=8"]
+    trainer = ["accelerator=cpu", "devices=2", "strategy=ddp", "max_epochs=100000", "limit_val_batches=0"]
+    run = [*(f"--trainer.{option}" for option in trainer), f"--trainer.default_root_dir={tmp_path}"]
+    command = [sys.executable, "-m", "lightning_nrml", "fit", *model, *data, *run]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            last = tmp_path / "checkpoints" / "last.ckpt"
+            wait_for(lambda: last.is_file() or process.poll() is not None)
+            assert last.is_file()
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=60) == 128 + signal.SIGTERM
+            wait_for(lambda: (tmp_path / "log").read_text().count("stopped by SIGTERM") == 2)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(what):
+    """Until it is so, for two minutes."""
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
