@@ -6,6 +6,7 @@ import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -232,7 +233,10 @@ class EmbeddingModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The length of the run is unknown: set trainer.max_epochs or trainer.max_steps.")
-        scheduler = create_schedule(self.schedule_config, optimizer, int(steps))
+        schedule = self.schedule_config
+        if getattr(self.trainer, "fast_dev_run", False):  # a few steps, which no warm-up fits into
+            schedule = replace(schedule, warmup_steps=0)
+        scheduler = create_schedule(schedule, optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def to_backbone(self) -> nn.Module:

@@ -255,6 +255,15 @@ def test_unknown_length_of_the_run_is_explained(tmp_path: Path) -> None:
     assert int(net.trainer.global_step) == 3
 
 
+def test_a_trial_of_few_steps_needs_no_shorter_warm_up(tmp_path: Path) -> None:
+    net = module(schedule=ScheduleConfig("cosine", 50))
+    run = trainer(tmp_path, fast_dev_run=2)
+    run.fit(net, digits())
+    assert run.global_step == 2
+    with pytest.raises(ValueError, match="warmup_steps is 50 but the run has only 8"):
+        trainer(tmp_path, 1).fit(module(schedule=ScheduleConfig("cosine", 50)), digits())
+
+
 def test_keep_rate_of_the_summary_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
     data, outputs = digits(), Outputs()
     run = trainer(tmp_path, 2, [NoiseFilterCallback(FixedFilter(_mask(data, 0.4))), outputs])
