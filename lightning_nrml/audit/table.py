@@ -202,7 +202,7 @@ def read_review(
         if strange.any():
             first = seen["path"][strange].iloc[0]
             raise ValueError(
-                f"review '{review}' names '{first}', which the data have not; it is of another run"
+                f"review '{review}' names '{first}', which the data lack; it is of another run"
             )
         seen = seen.assign(index=seen["path"].map(position).astype(np.int64))
     unknown = ~seen["index"].isin(known).to_numpy()
