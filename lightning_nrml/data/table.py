@@ -187,7 +187,7 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
 
 
 #: what is a number and no name: 1.1 and 1.10, 1000 and 1e3 may be two classes
-_WHOLE = r"\s*(0|-?[1-9]\d{0,17})(?:\.0*)?\s*"
+_WHOLE = r"\s*\+?(0|-?[1-9][0-9]{0,17})(?:\.0*)?\s*"
 
 
 def _whole_numbers_if_all(column: pd.Series) -> pd.Series:

@@ -286,6 +286,15 @@ def test_marks_of_two_sets_and_of_two_tabs_are_kept_apart_and_together(tmp_path)
         assert "the 6 most suspicious" in page.run("document.getElementById('grid').innerText")
         page.choose("rule", "relabel")
         saved = page.save(tmp_path / "labels_reviewed.csv")
+        # storage that is full (all reports of a disk may share one) takes no more marks, but none is lost
+        page.choose("fg", "")
+        full = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
+        page.run(f"{full}; 0")
+        for _ in range(3):
+            page.press("ArrowRight")
+            page.press("u")
+        page.choose("fm", "unsure")
+        assert len(page.cards()) == 3
         # the same labels, another data set
         page.open(pages[1])
         assert "marked" not in page.run("document.getElementById('count').innerText")

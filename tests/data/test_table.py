@@ -79,6 +79,13 @@ def test_large_ids_equal_their_clean_ones(images):
     assert (empty.num_classes, empty.train_clean_label) == (2, None)
 
 
+def test_a_plus_sign_makes_no_other_class(images):
+    given, clean = ["+1", "-1", "+1", "-1", "+1", "-1"], ["1", "-1", "1.0", "1", "-1", "-1"]
+    dm = table(images, frame(label=given, clean_label=clean))
+    assert dm.class_names == ["-1", "1"]
+    assert dm.train_is_noise.tolist() == [False, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize("kind", [float, "Int64", object, "category", str])
 def test_whole_numbers_are_classes_however_they_are_stored(images, suffix, kind):
