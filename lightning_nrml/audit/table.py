@@ -201,9 +201,7 @@ def read_review(
         strange = ~seen["path"].isin(position.keys())
         if strange.any():
             first = seen["path"][strange].iloc[0]
-            raise ValueError(
-                f"review '{review}' names '{first}', which the data lack; it is of another run"
-            )
+            raise ValueError(f"review '{review}' names '{first}', which the data lack; it is of another run")
         seen = seen.assign(index=seen["path"].map(position).astype(np.int64))
     unknown = ~seen["index"].isin(known).to_numpy()
     if unknown.any():
