@@ -336,6 +336,8 @@ def test_processes_that_lightning_launches_equal_one_process(tmp_path):
         assert_same_run(zero, want, 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
     """As ``scancel`` and ``timeout`` tell them: neither hangs, and the exit code says why."""
     clean = {
@@ -355,7 +357,7 @@ def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
             wait_for(lambda: last.is_file() or process.poll() is not None)
             assert last.is_file()
             os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(timeout=60) == 128 + signal.SIGTERM
+            assert process.wait(timeout=300) == 128 + signal.SIGTERM
             wait_for(lambda: (tmp_path / "log").read_text().count("stopped by SIGTERM") == 2)
         finally:
             with suppress(ProcessLookupError):
@@ -363,8 +365,8 @@ def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
 
 
 def wait_for(what):
-    """Until it is so, for two minutes."""
-    end = time.monotonic() + 120
+    """Until it is so, for five minutes: on a loaded machine two processes take long to begin."""
+    end = time.monotonic() + 300
     while not what():
         assert time.monotonic() < end
         time.sleep(0.2)
