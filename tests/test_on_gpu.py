@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import WaitsForDevice, fake_gpu
+from filter_cases import CLASSES, DIM, FILTERS, MULTI_LABEL, ROWS, STEPS
 from torch import Tensor, nn
 
 from lightning_nrml import filters, losses, modules
@@ -17,7 +18,7 @@ from lightning_nrml.memory import FeatureBank, FeatureQueue, LabelLedger, Sample
 from lightning_nrml.metrics import FilterQuality
 from lightning_nrml.types import FilterContext, Selection
 
-CLASSES, DIM, ROWS, SAMPLES = 10, 8, 16, 64
+SAMPLES = ROWS * STEPS
 NET: dict[str, Any] = {
     "backbone": "conv4",
     "backbone_kwargs": {"input_size": 8, "widths": [8, 16], "strides": [1, 2]},
@@ -40,31 +41,14 @@ def context(multi_label: bool = False) -> FilterContext:
     )
 
 
-def multi_label_prism(**kwargs: Any) -> NoiseFilter:
-    return filters.MultiLabelPRISM(CLASSES, DIM, SAMPLES, memory_size=32, warmup_steps=2, **kwargs)
-
-
-FILTERS: dict[str, Callable[[], NoiseFilter]] = {
-    "prism": lambda: filters.PRISM(CLASSES, DIM, memory_size=32),
-    "prism-vmf": lambda: filters.PRISM(CLASSES, DIM, memory_size=32, similarity="vmf", warmup_steps=2),
-    "prism-shared": lambda: filters.PRISM(
-        CLASSES, DIM, memory_size=32, similarity="vmf", shared_kappa=True, count_empty_classes=True
+VARIANTS: dict[str, Callable[[], NoiseFilter]] = {
+    "prism_class_kappa": lambda: filters.PRISM(
+        CLASSES, DIM, memory_size=32, similarity="vmf", warmup_steps=2, count_empty_classes=True
     ),
-    "prism-proxy": lambda: filters.PRISM(CLASSES, DIM, similarity="proxy"),
-    "bare": filters.BARE,
-    "bare-centers": lambda: filters.BARE(posterior="centers", num_classes=CLASSES, embedding_dim=DIM),
-    "tsint": lambda: filters.TSINT(CLASSES),
-    "consensus": lambda: filters.Consensus(CLASSES, DIM, SAMPLES, warmup_steps=2),
-    "consensus-told": lambda: filters.Consensus(CLASSES, DIM, SAMPLES, noise_rate=0.3),
-    "knn": lambda: filters.KNNVote(CLASSES, DIM, k=3, memory_size=32),
-    "knn-threshold": lambda: filters.KNNVote(CLASSES, DIM, k=3, memory_size=32, threshold=0.5),
-    "loss-quantile": filters.LossQuantile,
-    "small-loss": filters.SmallLoss,
-    "fixed": lambda: filters.FixedFilter([True] * SAMPLES),
-    "multi-label": multi_label_prism,
-    "multi-label-classifier": lambda: multi_label_prism(judges="classifier", weighting="hard"),
-    "multi-label-memory": lambda: multi_label_prism(judges="memory", noise_rate=0.2),
+    "consensus_told": lambda: filters.Consensus(CLASSES, DIM, SAMPLES, noise_rate=0.3),
+    "knn_threshold": lambda: filters.KNNVote(CLASSES, DIM, k=3, memory_size=32, threshold=0.5),
 }
+EVERY = {**FILTERS, **MULTI_LABEL, **VARIANTS}
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -112,12 +96,12 @@ def test_the_fake_gpu_refuses_what_it_should() -> None:
             x + torch.ones(4)
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_filters(name: str) -> None:
     with fake_gpu():
-        part = made(FILTERS[name])
+        part = made(EVERY[name])
         for _ in range(3):
-            ctx = context(name.startswith("multi-label"))
+            ctx = context(name in MULTI_LABEL)
             selection = part.select(ctx)
             part.update(ctx, selection)
             assert {x.device.type for x in (selection.weight, selection.score, selection.threshold)} == {
@@ -191,7 +175,7 @@ def test_training_steps_with_their_views(name: str, monkeypatch: pytest.MonkeyPa
         seen: dict[str, Tensor] = {}
         monkeypatch.setattr(module, "log", lambda key, value, **_: seen.update({key: value}))
         if name == "metric":
-            module.filters["prism"] = made(FILTERS["prism"])
+            module.filters["prism"] = made(FILTERS["prism_avg"])
             module.filters.mode["prism"] = "batch"
         made_views = on_gpu(view())(image.to("cuda", non_blocking=True), views.ViewKey(1))
         ctx = context()

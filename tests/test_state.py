@@ -2,37 +2,21 @@
 
 import pytest
 import torch
+from filter_cases import FILTERS, MULTI_LABEL, stream
 
-from lightning_nrml.filters import (
-    BARE,
-    PRISM,
-    TSINT,
-    Consensus,
-    FixedFilter,
-    KNNVote,
-    LossQuantile,
-    MultiLabelPRISM,
-    NoiseFilter,
-)
+from lightning_nrml.filters import NoiseFilter
 from lightning_nrml.filters.chain import FilterChain
 from lightning_nrml.losses import MultiLabelELRLoss, MultiLabelSATLoss
 from lightning_nrml.memory import CandidatePool, FeatureBank, FeatureQueue, LabelLedger, SampleLedger
 from lightning_nrml.state import StateModule
-from lightning_nrml.types import FilterContext
 
+CONTEXTS = stream()
 PARTS = {
-    "BARE": lambda: BARE(1.0, "centers", 3, 4, 8),
-    "TSINT": lambda: TSINT(3),
-    "Consensus": lambda: Consensus(3, 4, 8, warmup_steps=1),
-    "KNNVote": lambda: KNNVote(3, 4, k=2, memory_size=8),
-    "LossQuantile": lambda: LossQuantile(0.4, window=3),
-    "MultiLabelPRISM": lambda: MultiLabelPRISM(3, 4, 8),
+    **{name: make for name, make in {**FILTERS, **MULTI_LABEL}.items() if list(make().buffers())},
     "CandidatePool": lambda: CandidatePool(8, 4),
     "LabelLedger": lambda: LabelLedger(8, 3),
     "MultiLabelELRLoss": lambda: MultiLabelELRLoss(8, 3),
     "MultiLabelSATLoss": lambda: MultiLabelSATLoss(8, 3),
-    "PRISM": lambda: PRISM(3, 4, memory_size=8),
-    "FixedFilter": lambda: FixedFilter([True, False, True]),
     "FeatureQueue": lambda: FeatureQueue(8, 4),
     "FeatureBank": lambda: FeatureBank(8, 4),
     "SampleLedger": lambda: SampleLedger(8),
@@ -55,22 +39,14 @@ def test_the_type_of_the_state_is_not_that_of_the_default(name, other_default):
     assert found == {k: v.dtype for k, v in PARTS[name]().state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["BARE", "Consensus", "KNNVote", "LossQuantile", "PRISM", "TSINT"])
+@pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("mode", ["observe", "batch"])
 def test_a_chain_decides_and_learns_alike_whatever_the_default(name, mode, other_default):
     def run():
         chain = FilterChain()
-        chain["one"] = PARTS[name]()
+        chain["one"] = FILTERS[name]()
         chain.mode["one"] = mode
-        g = torch.Generator().manual_seed(0)
-        for _ in range(4):
-            z, teacher = torch.randn(2, 16, 4, generator=g, dtype=torch.float32)
-            label, index = torch.randint(3, (2, 16), generator=g).clamp_max(7)
-            loss = torch.rand(16, generator=g, dtype=torch.float32)
-            unit = torch.nn.functional.normalize
-            ctx = FilterContext(
-                unit(z), label, index, per_sample_loss=loss, teacher=unit(teacher), proxies=z[:3]
-            )
+        for ctx in CONTEXTS:
             weight = chain.select(ctx).weight
             chain.commit()
         return {**chain.state_dict(), "weight": weight}

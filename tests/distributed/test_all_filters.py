@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from filter_cases import FILTERS, ROWS, rows_of, stream
 from helpers import assert_same_state
 
 from lightning_nrml import distributed
 from lightning_nrml.filters.chain import gathered_context
 from lightning_nrml.types import Selection
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "filters"))
-from filter_cases import FILTERS, ROWS, rows_of, stream
 
 
 def run_on_ranks() -> dict[str, tuple[list[Selection], dict[str, torch.Tensor]]]:

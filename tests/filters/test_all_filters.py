@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filter_cases import CLASSES, FILTERS, ROWS, STEPS, rows_of, stream
 from helpers import assert_same_state, digits, module, state_of, trainer
 
 from lightning_nrml import callbacks
@@ -18,9 +18,6 @@ from lightning_nrml.filters.chain import FilterChain, gathered_context
 from lightning_nrml.losses import CosineSoftmaxLoss
 from lightning_nrml.optim import ScheduleConfig
 from lightning_nrml.types import FilterContext, Selection
-
-sys.path.insert(0, str(Path(__file__).parent))
-from filter_cases import CLASSES, FILTERS, ROWS, STEPS, rows_of, stream
 
 every_filter = pytest.mark.parametrize("name", list(FILTERS))
 

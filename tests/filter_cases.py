@@ -18,6 +18,7 @@ from lightning_nrml.filters import (
     FixedFilter,
     KNNVote,
     LossQuantile,
+    MultiLabelPRISM,
     NoiseFilter,
     SmallLoss,
 )
@@ -36,6 +37,16 @@ FILTERS: dict[str, Callable[[], NoiseFilter]] = {
     "consensus": lambda: Consensus(CLASSES, DIM, ROWS * STEPS, warmup_steps=2, smoothing=0.5),
     "tsint": lambda: TSINT(CLASSES, 0.4),
     "fixed": lambda: FixedFilter(torch.arange(ROWS * STEPS) % 3 > 0),
+}
+#: those that judge each label of a sample
+MULTI_LABEL: dict[str, Callable[[], NoiseFilter]] = {
+    "multi_label": lambda: MultiLabelPRISM(CLASSES, DIM, ROWS * STEPS, memory_size=200, warmup_steps=2),
+    "multi_label_classifier": lambda: MultiLabelPRISM(
+        CLASSES, DIM, ROWS * STEPS, "classifier", warmup_steps=2, weighting="hard"
+    ),
+    "multi_label_memory": lambda: MultiLabelPRISM(
+        CLASSES, DIM, ROWS * STEPS, "memory", warmup_steps=2, noise_rate=0.2
+    ),
 }
 
 
