@@ -19,7 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from runner import REPO, parser, replace_tables, shown, write_csv, write_json
+from runner import REPO, parser, replace_tables, shown, with_published, write_csv, write_json
 
 from lightning_nrml.callbacks import RetrievalEvaluator
 from lightning_nrml.data import OmniglotDataModule
@@ -110,9 +110,7 @@ def work(method: str, seed: int, steps: int, lr: float, data: Path) -> dict[str,
 
 def collect(out: Path) -> list[dict[str, Any]]:
     """One row per finished run."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")]
-    order = list(METHODS)
-    return sorted(rows, key=lambda r: (r["steps"], order.index(r["method"]), r["lr"], r["seed"]))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -128,8 +126,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def publish(out: Path) -> None:
     """Write the CSV and replace the table in docs/benchmarks.md."""
-    rows = collect(out)
     target = REPO / "docs" / "benchmarks" / "insclr_runs.csv"
+    key = {"steps": None, "method": list(METHODS), "lr": None, "seed": None}
+    rows = with_published(target, collect(out), key)
     names = ("method", "steps", "lr", "seed", *COLUMNS)
     write_csv(target, rows, names, as_is=("lr", "train_cpu_seconds"))
     replace_tables(REPO / "docs" / "benchmarks.md", "insclr table", table(rows))

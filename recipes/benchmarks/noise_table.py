@@ -4,10 +4,9 @@
 
 Each run is exactly one ``nrml fit`` command, kept in its run folder as ``command.txt``; nets that are kept
 also go through ``nrml audit``. Finished runs are not repeated, so the command can be stopped and started
-again;
-``--only caltech101`` and ``--seeds 0`` narrow it. Results: ``docs/benchmarks/noise_runs.csv`` (one row per
-run), ``noise_detection.csv`` (how well each of them found the wrong labels), and the tables in
-``docs/benchmarks.md`` between their markers.
+again; ``--only caltech101`` and ``--seeds 0`` narrow it. Results: ``docs/benchmarks/noise_runs.csv`` (one row
+per run), ``noise_detection.csv`` (how well each of them found the wrong labels), and the tables in
+``docs/benchmarks.md`` between their markers; rows of the CSVs without a run here stay.
 """
 
 from __future__ import annotations
@@ -21,7 +20,17 @@ from typing import Any
 
 from noise_frozen import DETECTORS, SCORERS, judge_run
 from noise_settings import FROZEN, METHODS, UNFILTERED, USUAL, Setting, command, settings
-from runner import REPO, Job, last_results, parser, replace_tables, run_missing, shown, write_csv
+from runner import (
+    REPO,
+    Job,
+    last_results,
+    parser,
+    replace_tables,
+    run_missing,
+    shown,
+    with_published,
+    write_csv,
+)
 
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 QUALITY = ("precision", "recall", "auroc", "average_precision")
@@ -194,10 +203,12 @@ def overview(found: list[Setting], rows: list[dict[str, Any]], key: str, columns
 
 def publish(out: Path, data: Path) -> None:
     """Write the CSVs and replace the tables in docs/benchmarks.md."""
-    rows, detection = collect(out, data), collect_detection(out, data)
-    folder, first = REPO / "docs" / "benchmarks", ("setting", "method", "seed")
-    write_csv(folder / "noise_runs.csv", rows, [*first, *COLUMNS, "best_recall@1", "cpu_seconds"])
-    write_csv(folder / "noise_detection.csv", detection, [*first, *QUALITY])
+    folder = REPO / "docs" / "benchmarks"
+    key = {"setting": [setting.name for setting in settings(data)], "method": list(LABELS), "seed": None}
+    rows = with_published(folder / "noise_runs.csv", collect(out, data), key)
+    detection = with_published(folder / "noise_detection.csv", collect_detection(out, data), key)
+    write_csv(folder / "noise_runs.csv", rows, [*key, *COLUMNS, "best_recall@1", "cpu_seconds"])
+    write_csv(folder / "noise_detection.csv", detection, [*key, *QUALITY])
     for name, make, content in (("noise", table, rows), ("detection", detection_table, detection)):
         made = "\n".join(filter(None, (make(setting, content) for setting in settings(data))))
         replace_tables(REPO / "docs" / "benchmarks.md", f"{name} tables", made)

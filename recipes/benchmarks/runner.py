@@ -144,6 +144,43 @@ def shown(values: Iterable[float | None], form: str = ".3f") -> str:
     return f"{statistics.fmean(known):{form}}{deviation}"
 
 
+def with_published(
+    path: Path, rows: Iterable[dict[str, Any]], key: dict[str, Sequence[Any] | None]
+) -> list[dict[str, Any]]:
+    """The rows and, where there is none here, those of the published CSV, in the order of the tables.
+
+    So whoever adds a seed or a method needs no copy of the runs behind the other rows. A table is made anew
+    by deleting its CSV first.
+
+    Args:
+        path: the CSV; without it the rows are only sorted.
+        rows: of the runs that are here; they replace published ones of the same key.
+        key: columns that name a run, and the values of each in the order of the tables; ``None`` where any
+            number will do. Published rows of other values are left out.
+    """
+    published = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            published = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    found = {tuple(row[name] for name in key): row for row in [*published, *rows]}
+
+    def place(named: tuple[Any, ...]) -> list[Any]:
+        return [v if order is None else order.index(v) for v, order in zip(named, key.values(), strict=True)]
+
+    known = [n for n in found if all(o is None or v in o for v, o in zip(n, key.values(), strict=True))]
+    return [found[named] for named in sorted(known, key=place)]
+
+
+def _value(text: str) -> int | float | str | None:
+    """A cell of a CSV that ``write_csv`` wrote."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text or None
+
+
 def write_csv(
     path: Path, rows: Iterable[dict[str, Any]], names: Iterable[str], as_is: Collection[str] = ()
 ) -> None:

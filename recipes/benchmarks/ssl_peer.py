@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import REPO, Job, parser, replace_tables, run_missing, shown, write_csv, write_json
+from runner import (
+    REPO,
+    Job,
+    parser,
+    replace_tables,
+    run_missing,
+    shown,
+    with_published,
+    write_csv,
+    write_json,
+)
 from ssl_peer_nets import PEERS, Loop, Ours, SimCLRPeer
 from ssl_table import COLUMNS, METHODS, commands, measured, prepare, settings
 
@@ -128,22 +138,25 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 
 def publish(args: argparse.Namespace) -> None:
     """Write the CSV and replace the tables in docs/benchmarks.md."""
-    rows = collect(args)
-    names = ["setting", "method", "side", "seed", *COLUMNS, "cpu_seconds"]
-    write_csv(REPO / "docs" / "benchmarks" / "ssl_peer_runs.csv", rows, names)
+    target = REPO / "docs" / "benchmarks" / "ssl_peer_runs.csv"
+    key = {"setting": list(SETTINGS), "method": list(PEERS), "side": list(SIDES), "seed": None}
+    rows = with_published(target, collect(args), key)
+    write_csv(target, rows, [*key, *COLUMNS, "cpu_seconds"])
     titles = {setting.name: setting.title for setting in settings()}
     of = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
     parts = [table(titles[name], of[name]) for name in SETTINGS if of[name]]
+    parts.append(f"Versions: lightly {version('lightly')}, torch {version('torch')}.\n")
+    page = REPO / "docs" / "benchmarks.md"
+    replace_tables(page, "ssl peer tables", "\n".join(parts))
     timed = args.out / "step_time" / "step_time.json"
     if timed.exists():
         t = json.loads(timed.read_text(encoding="utf-8"))
-        parts.append(
+        text = (
             f"A SimCLR step without the views, ours / lightly: {t['ratio']:.2f} (median over {t['rounds']} "
             "pairs of steps in turns in one process; batch 128, 48 pixels, one thread, CPU time; "
             f"load {t['load']:.1f} on {os.cpu_count()} cores).\n"
         )
-    parts.append(f"Versions: lightly {version('lightly')}, torch {version('torch')}.\n")
-    replace_tables(REPO / "docs" / "benchmarks.md", "ssl peer tables", "\n".join(parts))
+        replace_tables(page, "ssl peer step time", text)
 
 
 def main() -> None:

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runner import REPO, Job, last_results, parser, replace_tables, run_missing, shown, write_csv
+from runner import (
+    REPO,
+    Job,
+    last_results,
+    parser,
+    replace_tables,
+    run_missing,
+    shown,
+    with_published,
+    write_csv,
+)
 
 METHODS = {
     "pixels": "pixels",
@@ -203,9 +213,10 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
 
 def publish(out: Path) -> None:
     """Write the CSV and replace the tables in docs/benchmarks.md."""
-    rows = collect(out)
-    names = ["setting", "method", "seed", *COLUMNS, "cpu_seconds"]
-    write_csv(REPO / "docs" / "benchmarks" / "ssl_runs.csv", rows, names)
+    target = REPO / "docs" / "benchmarks" / "ssl_runs.csv"
+    key = {"setting": [setting.name for setting in settings()], "method": list(METHODS), "seed": None}
+    rows = with_published(target, collect(out), key)
+    write_csv(target, rows, [*key, *COLUMNS, "cpu_seconds"])
     text = "\n".join(filter(None, (table(setting, rows) for setting in settings())))
     replace_tables(REPO / "docs" / "benchmarks.md", "ssl tables", text)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner import REPO, Job, parser, replace_tables, run_missing, shown, write_csv
+from runner import REPO, Job, parser, replace_tables, run_missing, shown, with_published, write_csv
 
 METHODS = {
     "bce": "BCE, no defence",
@@ -228,7 +228,10 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
 def publish(rows: list[dict[str, Any]], docs: Path) -> None:
     """Write the CSV and the plot, and replace the tables in benchmarks.md."""
-    write_csv(docs / "benchmarks" / "ucmerced_runs.csv", rows, [*Run._fields, *COLUMNS, "cpu_seconds"])
+    target = docs / "benchmarks" / "ucmerced_runs.csv"
+    orders = {"size": list(WIDTHS), "kind": ["none", *KINDS], "method": list(METHODS)}
+    rows = with_published(target, rows, {name: orders.get(name) for name in Run._fields})
+    write_csv(target, rows, [*Run._fields, *COLUMNS, "cpu_seconds"])
     for size in WIDTHS:
         text = "\n".join(filter(None, (table(size, kind, rate, rows) for kind, rate in SETTINGS)))
         replace_tables(docs / "benchmarks.md", f"ucmerced tables {size} px", text)

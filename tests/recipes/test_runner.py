@@ -12,7 +12,16 @@ from pathlib import Path
 import noise_table
 import pytest
 import ssl_table
-from runner import Job, last_results, replace_tables, run_missing, shown, write_csv, write_json
+from runner import (
+    Job,
+    last_results,
+    replace_tables,
+    run_missing,
+    shown,
+    with_published,
+    write_csv,
+    write_json,
+)
 
 import lightning_nrml.cli.app
 
@@ -165,3 +174,22 @@ def test_csv_and_tables(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"page.md has no markers '<!-- y tables -->'"):
         replace_tables(page, "y tables", "new")
     assert page.read_text() == replaced
+
+
+def test_published_rows_stay_where_there_is_no_run(tmp_path) -> None:
+    """A new run replaces the row of its key, another finds its place."""
+    path, names = tmp_path / "runs.csv", ("method", "rate", "seed", "map", "note")
+    first = [("a", 0.5, 0, 0.25, None), ("b", 0.5, 0, 0.125, "x"), ("b", 0.5, 10, math.nan, "y")]
+    write_csv(path, [dict(zip(names, row, strict=True)) for row in first], names, as_is=("rate",))
+    here = [("b", 0.5, 0, 0.75, "new"), ("a", 0.5, 2, 0.5, "added"), ("b", 0.1, 0, 0.5, None)]
+    key = {"method": ["b", "a"], "rate": None, "seed": None}
+    rows = with_published(path, [dict(zip(names, row, strict=True)) for row in here], key)
+    assert [tuple(row.values()) for row in rows if row["map"] == row["map"]] == [
+        ("b", 0.1, 0, 0.5, None),
+        ("b", 0.5, 0, 0.75, "new"),
+        ("a", 0.5, 0, 0.25, None),
+        ("a", 0.5, 2, 0.5, "added"),
+    ]
+    assert [row["seed"] for row in rows if row["map"] != row["map"]] == [10]
+    assert [row["method"] for row in with_published(path, [], {**key, "method": ["a"]})] == ["a"]
+    assert with_published(tmp_path / "none.csv", [{"method": "a", "rate": 1, "seed": 0}], key)
