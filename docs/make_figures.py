@@ -17,11 +17,12 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 #: method of the CSV -> label and colour, top to bottom
 METHODS = {
-    "known_clean": ("right labels only", "#9aa5b1"),
-    "prism_vmf_shared": ("PRISM vMF, one kappa", "#0b6e4f"),
-    "prism_avg": ("PRISM AvgSim", "#21a179"),
-    "cross_entropy": ("cross-entropy, no filter", "#e0a458"),
-    "none": ("no filter", "#c8553d"),
+    "shuffled_combined_known_clean": ("both losses, right labels only", "#7b8794"),
+    "shuffled_consensus": ("both losses, Consensus (rate found)", "#0b6e4f"),
+    "shuffled_cross_entropy": ("cross-entropy, no filter", "#e0a458"),
+    "known_clean": ("contrastive, right labels only", "#b6bfc8"),
+    "prism_vmf_shared": ("contrastive, PRISM (told the rate)", "#21a179"),
+    "none": ("contrastive, no filter", "#c8553d"),
 }
 #: setting of the CSV -> title
 SETTINGS = {

@@ -33,16 +33,22 @@ SETTINGS = {
 #: class -> methods of the CSV whose runs measure it, and what tells them apart
 MEASURED = {
     "PRISM": {"prism_avg": "avg", "prism_vmf": "vmf", "prism_vmf_shared": "vmf, one kappa"},
-    "Consensus": {"consensus": "with 0.3 cross-entropy"},
+    "Consensus": {
+        "consensus": "with 0.3 cross-entropy",
+        "shuffled_consensus_softmax": "on cross-entropy, shuffled",
+    },
     "BARE": {"bare": "on cross-entropy"},
-    "SmallLoss": {"small_loss": "on cross-entropy"},
+    "SmallLoss": {"small_loss": "on cross-entropy", "shuffled_small_loss": "the same, shuffled"},
+    "LossQuantile": {"loss_quantile": "on cross-entropy"},
     "KNNVote": {"knn_vote": "k nearest"},
     "TSINT": {"tsint": "pairs"},
     "FixedFilter": {"known_clean": "known clean"},
     "MetricLearning": {"none": "no filter"},
     "ContrastiveLoss": {"none": "no filter"},
     "CrossBatchContrastiveLoss": {"none": "no filter"},
-    "CosineSoftmaxLoss": {"cross_entropy": "no filter"},
+    "CosineSoftmaxLoss": {"cross_entropy": "no filter", "shuffled_cross_entropy": "no filter, shuffled"},
+    "EAC": {"eac": "as the recipe", "eac_off": "without the agreement"},
+    "EACLoss": {"eac": "as the recipe", "eac_off": "without the agreement"},
 }
 #: class -> method of the CSV of self-supervised runs
 PRETRAINED = {"SimCLR": "simclr", "MoCo": "moco", "MoCHi": "mochi", "BYOL": "byol", "SwAV": "swav"}
@@ -124,10 +130,11 @@ def used_by(name: str) -> set[str]:
 
 
 def recipes_of(name: str) -> list[str]:
-    """Recipes and benchmark commands that name the class, or a class that builds it by default."""
+    """Recipes, their comments aside, and benchmark commands that name the class or one that builds it."""
     names = {name} | used_by(name)
     files = sorted([*REPO.glob("recipes/**/*.yaml"), *REPO.glob("recipes/**/*.py")])
-    hits = [p for p in files if any(mentions(n, text_of(p)) for n in names)]
+    said = {p: re.sub(r"(?m)#.*", "", text_of(p)) if p.suffix == ".yaml" else text_of(p) for p in files}
+    hits = [p for p in files if any(mentions(n, said[p]) for n in names)]
     return [p.relative_to(REPO / "recipes").as_posix().removesuffix(".yaml") for p in hits]
 
 

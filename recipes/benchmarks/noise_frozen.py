@@ -29,6 +29,9 @@ SCORERS = {
 DETECTORS = {
     "frozen": SCORERS,
     "consensus_frozen": {f"consensus_{key}": f"after Consensus: {text}" for key, text in SCORERS.items()},
+    "shuffled_frozen": {
+        f"shuffled_{key}": f"after shuffled batches: {text}" for key, text in SCORERS.items()
+    },
 }
 STRENGTHS = (0.01, 0.1, 1.0)
 FOLDS = 5

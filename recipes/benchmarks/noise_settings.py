@@ -20,6 +20,7 @@ METHODS = {
     "cross_entropy": "cross-entropy, no filter",
     "bare": "cross-entropy + BARE (not told the rate)",
     "small_loss": "cross-entropy + small loss",
+    "loss_quantile": "cross-entropy + loss quantile",
     "combined": "contrastive + 0.3 cross-entropy, no filter",
     "combined_prism": "contrastive + 0.3 cross-entropy + PRISM AvgSim",
     "consensus": "contrastive + 0.3 cross-entropy + Consensus (not told the rate)",
@@ -29,22 +30,46 @@ METHODS = {
     "consensus_frozen": "contrastive + 0.3 cross-entropy + Consensus, kept for frozen embeddings",
     "cleaned": "no filter, on labels that `nrml audit` left",
     "cleaned_cross_entropy": "cross-entropy, on labels that `nrml audit` left",
+    "shuffled_cross_entropy": "cross-entropy, shuffled batches, no filter",
+    "shuffled_bare": "cross-entropy, shuffled batches + BARE (not told the rate)",
+    "shuffled_small_loss": "cross-entropy, shuffled batches + small loss",
+    "shuffled_consensus_softmax": "cross-entropy, shuffled batches + Consensus (not told the rate)",
+    "shuffled_frozen": "cross-entropy, shuffled batches, no filter, kept for frozen embeddings",
+    "shuffled_cleaned_cross_entropy": "cross-entropy, shuffled batches, on labels that `nrml audit` left",
+    "shuffled_combined": "contrastive + cross-entropy, shuffled batches, no filter",
+    "shuffled_combined_prism": "contrastive + cross-entropy, shuffled batches + PRISM AvgSim",
+    "shuffled_consensus": "contrastive + cross-entropy, shuffled batches + Consensus (not told the rate)",
+    "shuffled_combined_known_clean": "contrastive + cross-entropy, shuffled batches, known clean",
+    "shuffled_known_clean": "cross-entropy, shuffled batches, known clean (upper bound)",
+    "eac_off": "EAC's net and views, cross-entropy alone",
+    "eac": "EAC (drops nothing)",
     "pretrained_none": "SimCLR start, no filter",
     "pretrained_prism_avg": "SimCLR start, PRISM AvgSim",
     "pretrained_known_clean": "SimCLR start, known clean",
 }
 UNFILTERED = (
     "none", "known_clean", "cross_entropy", "combined", "pretrained_none", "pretrained_known_clean",
-    "cleaned", "cleaned_cross_entropy",
+    "cleaned", "cleaned_cross_entropy", "eac_off", "eac",
+    "shuffled_cross_entropy", "shuffled_cleaned_cross_entropy", "shuffled_known_clean",
+    "shuffled_combined", "shuffled_combined_known_clean",
 )  # fmt: skip
+#: EAC is another module, so it has recipes of its own, for the data that a mirror does not change
+EAC_RECIPES = {"dml/prism_caltech101": "dml/eac_caltech101", "dml/prism_cifar10n": "dml/eac_cifar10n"}
 #: kept with their last checkpoint, whose embeddings are judged afterwards
-FROZEN = ("frozen", "consensus_frozen")
+FROZEN = ("frozen", "consensus_frozen", "shuffled_frozen")
 #: run unless --methods says otherwise
 USUAL = tuple(m for m in METHODS if m != "combined_prism" and not m.startswith("pretrained"))
 SOFTMAX_ONLY = (
-    "cross_entropy", "cleaned_cross_entropy", "frozen", "bare", "small_loss", "consensus_softmax",
+    "cross_entropy", "cleaned_cross_entropy", "frozen", "bare", "small_loss", "loss_quantile",
+    "consensus_softmax",
 )  # fmt: skip
-BOTH_LOSSES = ("combined", "combined_prism", "consensus", "consensus_told", "consensus_frozen")
+#: in front of a method: cross-entropy has full weight, and batches are drawn without regard to classes, as
+#: suits it; class weights learn at the rate that goes with that
+SHUFFLED = "shuffled_"
+BOTH_LOSSES = (
+    "combined", "combined_prism", "consensus", "consensus_told", "consensus_frozen", "shuffled_combined",
+    "shuffled_combined_prism", "shuffled_consensus", "shuffled_combined_known_clean",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class Setting:
         dim: values per embedding.
         noise: overrides that set the noise of a seed; {rate} and {seed} are filled in.
         fixed: further overrides.
+        steps: per epoch, as many as the recipe's sampler takes, where shuffled batches are drawn from all
+            images; 0: they hold one image of each of as many classes.
     """
 
     name: str
@@ -73,6 +100,7 @@ class Setting:
     dim: int
     noise: tuple[str, ...]
     fixed: tuple[str, ...] = ()
+    steps: int = 0
 
 
 def settings(data: Path) -> list[Setting]:
@@ -102,8 +130,10 @@ def _data(*overrides: str) -> tuple[str, ...]:
 def _digits(name: str, noise: str, rate: float, classes: int, overrides: tuple[str, ...]) -> Setting:
     title = f"scikit-learn digits, {noise}"
     return Setting(
-        name, title, "quickstart", rate, 40, 10, classes, 64, _data(*overrides), _data("seed={seed}")
-    )
+        name, title, "quickstart", rate, 40, 10, classes, 64,
+        _data(*overrides),
+        _data("seed={seed}"), 20,
+    )  # fmt: skip
 
 
 def _omniglot(data: Path, rate: float) -> Setting:
@@ -125,7 +155,7 @@ def _caltech(data: Path, rate: float) -> Setting:
         f"caltech101_{percent}", f"caltech101_dml, {percent} % symmetric: 49 unseen classes",
         "dml/prism_caltech101", rate, 250, 5, 50, 128,
         _data("noise_list=noise_lists.npz:given_r{rate}_s{seed}"),
-        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"),
+        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"), 61,
     )  # fmt: skip
 
 
@@ -136,7 +166,7 @@ def _caltech_cluster(data: Path) -> Setting:
         "caltech101_dml, 25 of 50 classes dissolved (small-cluster): 49 unseen classes",
         "dml/prism_caltech101", 0.5, 250, 5, 25, 128,
         _data("noise_list=null", *cluster),
-        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"),
+        _data(f"path={data}/caltech101_dml/caltech101_dml_96.npz"), 61,
     )  # fmt: skip
 
 
@@ -149,6 +179,7 @@ def _cifar(data: Path, label: str, wrong: str, rate: float) -> Setting:
             *_data("epoch_length=24960"),  # 390 steps in all: one pass over the images
             "--trainer.max_epochs=2",
         ),
+        195,
     )  # fmt: skip
 
 
@@ -165,35 +196,48 @@ def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
         found.append({"class_path": "KNNVote", "init_args": {**told, "warmup_steps": setting.warmup}})
     elif method == "tsint":
         found.append({"class_path": "TSINT", "init_args": {**told, "teacher_momentum": 0.99}})
-    elif method == "small_loss":
-        found.append({"class_path": "SmallLoss", "init_args": {**told, "ramp_epochs": setting.ramp}})
+    elif method.endswith(("small_loss", "loss_quantile")):
+        name = "SmallLoss" if method.endswith("small_loss") else "LossQuantile"
+        found.append({"class_path": name, "init_args": {**told, "ramp_epochs": setting.ramp}})
     elif method.endswith("known_clean"):
-        found.append({"class_path": "KnownClean", "init_args": {"granularity": "epoch"}})
-    elif method == "bare":
+        # dropped in advance they would shorten an epoch of shuffled batches
+        granularity = "batch" if method.startswith(SHUFFLED) else "epoch"
+        found.append({"class_path": "KnownClean", "init_args": {"granularity": granularity}})
+    elif method.endswith("bare"):
         found.append({"class_path": "BARE"})
-    elif method.startswith("consensus"):  # one setting for all
+    elif method.removeprefix(SHUFFLED).startswith("consensus"):  # one setting for all
         found.append({"class_path": "Consensus", **({"init_args": told} if "told" in method else {})})
     return found
 
 
 def _own_noise(noise: list[str], method: str) -> list[str]:
     """Without what a label table stands for."""
-    return [
-        n for n in noise if not (method.startswith("cleaned") and n.startswith("--data.init_args.noise."))
-    ]
+    return [n for n in noise if not ("cleaned" in method and n.startswith("--data.init_args.noise."))]
+
+
+def recipe(setting: Setting, method: str) -> str | None:
+    """The recipe that holds net, optimiser and sampler; ``None`` where the method has none for this data."""
+    return EAC_RECIPES.get(setting.recipe) if method.startswith("eac") else setting.recipe
 
 
 def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]:
     """Arguments of ``nrml`` for one run."""
     extra: list[str] = []
+    if method == "eac_off":
+        extra = ["--model.init_args.lam=0"]
     softmax = {"num_classes": setting.classes, "embedding_dim": setting.dim, "scale": 16.0}
     loss: dict[str, Any] = {"class_path": "CosineSoftmaxLoss", "init_args": softmax}
-    if method in SOFTMAX_ONLY or method == "tsint":
+    shuffled = method.startswith(SHUFFLED)
+    softmax_only = method not in BOTH_LOSSES and (shuffled or method in SOFTMAX_ONLY)
+    if softmax_only or method == "tsint":
         extra = ["--model.init_args.memory_size=0"]
     if method in BOTH_LOSSES:
-        both = {"losses": [{"class_path": "ContrastiveLoss"}, loss], "weights": [1.0, 0.3]}
+        both = {
+            "losses": [{"class_path": "ContrastiveLoss"}, loss],
+            "weights": [1.0, 1.0 if shuffled else 0.3],
+        }
         loss = {"class_path": "CombinedLoss", "init_args": both}
-    elif method not in SOFTMAX_ONLY:
+    elif not softmax_only:
         loss = {}
     if method.startswith("pretrained"):
         # of ssl_table.py --settings caltech101 --methods simclr --seeds 0, beside this table's runs
@@ -202,18 +246,28 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
     if loss:
         extra += [
             "--model.init_args.loss=" + json.dumps(loss),
-            "--model.init_args.optimizer.loss_lr=0.001",
+            f"--model.init_args.optimizer.loss_lr={0.01 if shuffled else 0.001}",
         ]
-    if method.startswith("cleaned"):
+    if "cleaned" in method:
         # what `nrml audit` made of the kept cross-entropy net of the same seed: run `frozen` first
-        table = folder.resolve().parents[1] / "frozen" / folder.name / "audit" / "labels_corrected.csv"
+        kept = f"{SHUFFLED if shuffled else ''}frozen"
+        table = folder.resolve().parents[1] / kept / folder.name / "audit" / "labels_corrected.csv"
         extra.append(f"--data.init_args.noise={table}")
+    drawn: tuple[str, ...] = ()
+    if shuffled:
+        drawn = _data("m_per_class=1")
+        if setting.steps:
+            drawn = (
+                *_data("m_per_class=null", "epoch_length=null"),
+                f"--trainer.limit_train_batches={setting.steps}",
+            )
     noise = [text.format(rate=setting.rate, seed=seed) for text in (*setting.noise, *setting.fixed)]
     return [
         "fit",
-        f"--config={REPO}/recipes/{setting.recipe}.yaml",
+        f"--config={REPO}/recipes/{recipe(setting, method)}.yaml",
         f"--seed_everything={seed}",
         *_own_noise(noise, method),
+        *drawn,
         *extra,
         "--trainer.callbacks=null",  # else the list below would inherit options of the recipe's callbacks
         "--trainer.callbacks=" + json.dumps(callbacks(setting, method)),

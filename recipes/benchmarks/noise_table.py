@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from noise_frozen import DETECTORS, SCORERS, judge_run
-from noise_settings import FROZEN, METHODS, UNFILTERED, USUAL, Setting, command, settings
+from noise_settings import (
+    BOTH_LOSSES,
+    FROZEN,
+    METHODS,
+    SHUFFLED,
+    UNFILTERED,
+    USUAL,
+    Setting,
+    command,
+    recipe,
+    settings,
+)
 from runner import (
     REPO,
     Job,
@@ -42,11 +53,13 @@ OVERVIEWS = {
         "val/recall@1",
         {
             "none": "no filter",
-            "cross_entropy": "cross-entropy, no filter",
             "prism_vmf_shared": "PRISM, told the rate",
             "consensus": "Consensus, told nothing",
-            "cleaned_cross_entropy": "cross-entropy, audited labels",
             "known_clean": "known clean",
+            "cross_entropy": "CE, no filter",
+            "shuffled_cross_entropy": "CE shuffled, no filter",
+            "shuffled_consensus": "both losses shuffled, Consensus",
+            "shuffled_combined_known_clean": "both losses shuffled, known clean",
         },
     ),
     "detection overview": (
@@ -55,6 +68,7 @@ OVERVIEWS = {
             "prism_vmf_shared": "PRISM, told the rate",
             "small_loss": "small loss, told the rate",
             "consensus": "Consensus, told nothing",
+            "shuffled_consensus": "both losses shuffled, Consensus",
             "cleanlab": "cleanlab",
             "audit": "`nrml audit`",
         },
@@ -141,6 +155,15 @@ def by_method(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, list[di
     return {method: by[method] for method in LABELS if method in by}
 
 
+def bounds(method: str) -> tuple[str, str]:
+    """Without a filter, and with one that knows which labels are right: same loss, same batches."""
+    if not method.startswith(SHUFFLED):
+        return "none", "known_clean"
+    if method in BOTH_LOSSES:
+        return f"{SHUFFLED}combined", f"{SHUFFLED}combined_known_clean"
+    return f"{SHUFFLED}cross_entropy", f"{SHUFFLED}known_clean"
+
+
 def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     """Markdown table of one setting: mean and standard deviation over the seeds, last epoch."""
     by = by_method(setting, rows)
@@ -152,7 +175,7 @@ def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
         return statistics.fmean(values) if values else None
 
     def gap(method: str, key: str) -> str:
-        low, high, value = mean("none", key), mean("known_clean", key), mean(method, key)
+        low, high, value = (mean(name, key) for name in (*bounds(method), method))
         if method in UNFILTERED or low is None or high is None or value is None or high - low < MIN_GAP:
             return "–"
         return f"{(value - low) / (high - low):+.2f}"
@@ -226,7 +249,7 @@ def main() -> None:
     for setting in settings(args.data.resolve()):
         for seed in args.seeds:
             for method in args.methods:
-                if args.only in setting.name:
+                if args.only in setting.name and recipe(setting, method):
                     folder = args.out / setting.name / method / f"seed{seed}"
                     result = judged if method in FROZEN else last_results
                     jobs.append(Job(folder, [command(setting, method, seed, folder)], result))

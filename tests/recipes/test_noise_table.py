@@ -43,8 +43,10 @@ def test_every_filter_is_told_the_true_rate_or_none() -> None:
         for method in noise_table.METHODS:
             _, *filters = noise_settings.callbacks(setting, method)
             told = [c["init_args"]["noise_rate"] for c in filters if "noise_rate" in c.get("init_args", {})]
-            untold = ("bare", "consensus", "consensus_softmax", *noise_table.FROZEN, *noise_table.UNFILTERED)
-            expected = [] if method in untold else [setting.rate]
+            untold = ("bare", "consensus", "consensus_softmax")
+            without = (*noise_table.FROZEN, *noise_table.UNFILTERED)
+            silent = method in without or method.removeprefix(noise_settings.SHUFFLED) in untold
+            expected = [] if silent else [setting.rate]
             assert told == expected, (setting.name, method)
 
 
@@ -76,7 +78,8 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
     found = {k: dict.fromkeys(noise_table.QUALITY, 0.25 * i) for i, k in enumerate(noise_table.SCORERS)}
     (tmp_path / "digits_50" / "frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
     found["audit"]["auroc"] = 0.99
-    (tmp_path / "digits_50" / "consensus_frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
+    for method in ("consensus_frozen", "shuffled_frozen"):
+        (tmp_path / "digits_50" / method / "seed0" / "detection.json").write_text(json.dumps(found))
 
     rows = noise_table.collect(tmp_path, Path("data"))
     assert [row["method"] for row in rows] == ["none", "bare"]
@@ -84,7 +87,7 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
         noise_table.table(SETTINGS["digits_50"], rows)
     )
     detection = noise_table.collect_detection(tmp_path, Path("data"))
-    after = [f"consensus_{name}" for name in noise_table.SCORERS]
+    after = [f"{start}_{name}" for start in ("consensus", "shuffled") for name in noise_table.SCORERS]
     assert [row["method"] for row in detection] == ["bare", *noise_table.SCORERS, *after]
     aurocs = {row["method"]: row["auroc"] for row in detection}
     assert (aurocs["audit"], aurocs["consensus_audit"]) == (0, 0.99)
@@ -106,12 +109,14 @@ def test_an_overview_has_means_and_says_where_seeds_lack() -> None:
     ]
     key, columns = noise_table.OVERVIEWS["noise overview"]
     head, rule, *lines = noise_table.overview(list(SETTINGS.values()), rows, key, columns).splitlines()
-    assert (head.count("|"), rule.count("|")) == (8, 8)
-    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | – | 0.900 (1) | – | – |"]
+    assert (head.count("|"), rule.count("|")) == (10, 10)
+    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | 0.900 (1) | – | – | – | – | – |"]
 
 
 def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
     scores = {"none": (0.50, 0.20), "prism_avg": (0.56, 0.21), "known_clean": (0.60, 0.21)}
+    bounds = {"shuffled_cross_entropy": (0.60, 0.2), "shuffled_known_clean": (0.70, 0.3)}
+    scores |= bounds | {"shuffled_small_loss": (0.65, 0.225)}
     rows = [
         dict.fromkeys(noise_table.COLUMNS) | {"setting": "digits_50", "method": method, "seed": 0}
         | {"val/recall@1": recall, "val/map@r": map_r}
@@ -119,6 +124,21 @@ def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
     ]  # fmt: skip
     text = noise_table.table(SETTINGS["digits_50"], rows)
     assert "| PRISM AvgSim | 1 | 0.560 | 0.210 | +0.60 / – |" in text  # MAP@R: .01 of .01 is no news
+    assert "| cross-entropy, shuffled batches + small loss | 1 | 0.650 | 0.225 | +0.50 / +0.25 |" in text
+
+
+def test_shuffled_batches_are_as_many_as_the_recipe_draws_and_cross_entropy_is_alone(tmp_path: Path) -> None:
+    for name, steps in (("caltech101_50", 3904 // 64), ("cifar10n_worse", 24960 // 128), ("digits_50", 20)):
+        args = noise_table.command(SETTINGS[name], "shuffled_consensus_softmax", 0, tmp_path)
+        assert f"--trainer.limit_train_batches={steps}" in args
+        assert args.index("--data.init_args.m_per_class=null") > 2
+        last = [word for word in args if word.startswith("--data.init_args.epoch_length=")][-1]
+        assert last.endswith("=null")
+        assert "--model.init_args.memory_size=0" in args
+        (loss,) = [json.loads(word.partition("=")[2]) for word in args if ".loss=" in word]
+        assert loss["class_path"] == "CosineSoftmaxLoss"
+    args = noise_table.command(SETTINGS["omniglot_20"], "shuffled_cross_entropy", 0, tmp_path)
+    assert "--data.init_args.m_per_class=1" in args
 
 
 def test_out_of_fold_probabilities_do_not_know_their_own_label() -> None:
