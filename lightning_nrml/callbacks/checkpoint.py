@@ -63,16 +63,27 @@ class LastCheckpoint(_RunCheckpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take a checkpoint of the last step of an epoch for one of the epoch's end.
+        """Take a checkpoint of the last step of an epoch for one of the epoch's end, and no other one.
 
         Lightning forgets to count the epoch that such a run goes on with, and leaves one out when the run is
-        resumed once more. The validation that was due after the step is not made up for.
+        resumed once more. The validation that was due after the step is not made up for. An epoch that
+        ``max_time`` or another request to stop broke off is gone on with; Lightning takes it for a whole one.
         """
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         _compare_labels(trainer, checkpoint)
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         batches, epochs = loop.get("epoch_loop.batch_progress"), loop.get("epoch_progress")
-        if not batches or not batches["is_last_batch"]:
+        if not batches:
+            return
+        if not batches["is_last_batch"]:
+            broken_off = epochs["current"]["completed"] < epochs["current"]["processed"]
+            if broken_off and trainer.max_steps == -1:  # the datamodule sees to those
+                # as if written after the step, in the middle of the epoch
+                for part in ("total", "current"):
+                    epochs[part]["processed"] -= 1
+                    batches[part]["completed"] -= 1
+                stepped = batches["current"]["ready"] % trainer.accumulate_grad_batches == 0
+                loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= stepped
             return
         unfinished = batches["current"]["completed"] < batches["current"]["processed"]
         if unfinished and epochs["current"]["processed"] < epochs["current"]["started"]:
