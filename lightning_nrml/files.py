@@ -13,14 +13,31 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        OSError: it cannot be made; says what is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+        why = f"{there} is a file" if there.is_file() else error.strerror
+        raise OSError(f"the folder {folder} cannot be made: {why}; name another place.") from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write beside ``path``: takes its place when the block ends, and goes if the block fails.
 
     Whoever reads ``path`` meets the old content or the new one, also after a kill. The name is new each time,
     so writers do not collide, and it keeps the suffix that some libraries go by. Missing folders are made.
+
+    Raises:
+        OSError: see :func:`make_folder`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
     try:
         yield part

@@ -115,6 +115,19 @@ def check_evidence(evidence: Evidence) -> None:
         raise ValueError(f"evidence is {evidence!r}: choose one of {', '.join(get_args(Evidence))}.")
 
 
+def check_classes(count: int) -> None:
+    """Refuse data with fewer than two classes.
+
+    Raises:
+        ValueError: says why.
+    """
+    if count < 2:
+        raise ValueError(
+            f"the labels have {count} class: an audit asks which other class a sample may show, so it needs "
+            "at least 2."
+        )
+
+
 def audit_scores(
     embedding: Tensor,
     label: Tensor,
@@ -218,8 +231,10 @@ def _problem(
     check_evidence(evidence)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
-    if not 2 <= folds <= len(row):
+    if folds < 2:
         raise ValueError(f"folds must be 2 to N = {len(row)}, got {folds}.")
+    if folds > len(row):
+        raise ValueError(f"an audit of {folds} folds needs at least as many samples, got {len(row)}.")
     if evidence == "auto":
         evidence = "centres" if len(row) > KNN_LIMIT and row.device.type == "cpu" else "both"
     neighbour = affinity = None
@@ -238,10 +253,11 @@ def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int
             f"label must have shape (N,) with N = {len(row)} >= 2 embeddings, got {tuple(label.shape)}."
         )
     count = int(label.max()) + 1 if num_classes is None else num_classes
-    if count < 2 or int(label.min()) < 0 or int(label.max()) >= count:
+    check_classes(count)
+    if int(label.min()) < 0 or int(label.max()) >= count:
         raise ValueError(
             f"label runs from {int(label.min())} to {int(label.max())}; it must lie in [0, C - 1] with "
-            f"C = num_classes = {count} of at least 2."
+            f"C = num_classes = {count}."
         )
     return count
 

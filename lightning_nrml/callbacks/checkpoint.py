@@ -9,6 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_nrml.callbacks.evaluator import is_final
+from lightning_nrml.data.labelled import LabelledData
+
 #: callback -> how the names of its metrics start
 LOGGED_BY = {
     "OnlineKNN": ("val/knn_",),
@@ -38,13 +41,13 @@ class _RunCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(_RunCheckpoint):
-    """Writes ``last.ckpt`` at the end of every ``every_n_epochs``-th training epoch.
+    """Writes ``last.ckpt`` at the end of every ``every_n_epochs``-th training epoch, and of the last one.
 
     Lightning's own ``save_last=True`` writes only when a *best* checkpoint was written too, so a resume
     would fall back to the best epoch.
 
     Args:
-        every_n_epochs: epochs between two writes.
+        every_n_epochs: epochs between two writes; 0 = no such checkpoint.
         dirpath: folder; default ``<run folder>/checkpoints``.
     """
 
@@ -60,15 +63,27 @@ class LastCheckpoint(_RunCheckpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take a checkpoint of the last step of an epoch for one of the epoch's end.
+        """Take a checkpoint of the last step of an epoch for one of the epoch's end, and no other one.
 
         Lightning forgets to count the epoch that such a run goes on with, and leaves one out when the run is
-        resumed once more. The validation that was due after the step is not made up for.
+        resumed once more. The validation that was due after the step is not made up for. An epoch that
+        ``max_time`` or another request to stop broke off is gone on with; Lightning takes it for a whole one.
         """
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        _compare_labels(trainer, checkpoint)
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         batches, epochs = loop.get("epoch_loop.batch_progress"), loop.get("epoch_progress")
-        if not batches or not batches["is_last_batch"]:
+        if not batches:
+            return
+        if not batches["is_last_batch"]:
+            broken_off = epochs["current"]["completed"] < epochs["current"]["processed"]
+            if broken_off and trainer.max_steps == -1:  # the datamodule sees to those
+                # as if written after the step, in the middle of the epoch
+                for part in ("total", "current"):
+                    epochs[part]["processed"] -= 1
+                    batches[part]["completed"] -= 1
+                stepped = batches["current"]["ready"] % trainer.accumulate_grad_batches == 0
+                loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= stepped
             return
         unfinished = batches["current"]["completed"] < batches["current"]["processed"]
         if unfinished and epochs["current"]["processed"] < epochs["current"]["started"]:
@@ -76,6 +91,12 @@ class LastCheckpoint(_RunCheckpoint):
                 batches[part]["completed"] = batches[part]["processed"]
                 epochs[part]["processed"] = epochs[part]["started"]
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # counted after the step's hooks
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if this epoch counts; what was trained after that would be lost if no epoch follows."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._every_n_epochs and is_final(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse the optimiser state of another optimiser, which a resumed run would stumble over later.
@@ -99,13 +120,16 @@ class BestCheckpoint(_RunCheckpoint):
     """Writes ``best.ckpt`` whenever ``monitor`` improves; does nothing while nobody logs that metric.
 
     Args:
-        monitor: key of a logged metric.
+        monitor: key of a logged metric; ``None`` = no such checkpoint.
         mode: whether the largest or the smallest value is best.
         dirpath: folder; default ``<run folder>/checkpoints``.
     """
 
     def __init__(
-        self, monitor: str = "val/recall@1", mode: Literal["min", "max"] = "max", dirpath: str | None = None
+        self,
+        monitor: str | None = "val/recall@1",
+        mode: Literal["min", "max"] = "max",
+        dirpath: str | None = None,
     ) -> None:
         super().__init__(
             dirpath=dirpath,
@@ -129,7 +153,8 @@ class BestCheckpoint(_RunCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run ends without a best checkpoint."""
         super().on_train_end(trainer, pl_module)
-        if not self.best_model_path and not getattr(trainer, "fast_dev_run", False):
+        wanted = self.monitor is not None and not getattr(trainer, "fast_dev_run", False)
+        if wanted and not self.best_model_path:
             rank_zero_info(f"No best.ckpt was written: {self._why_none(trainer)}")
 
     def _why_none(self, trainer: Trainer) -> str:
@@ -146,6 +171,18 @@ class BestCheckpoint(_RunCheckpoint):
             f"nothing logged '{self.monitor}'. {mend}, or set checkpoint_best.monitor to a metric that is "
             "logged."
         )
+
+
+def _compare_labels(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let the datamodule compare its labels with those of a checkpoint that another class's data left.
+
+    Lightning hands a datamodule only the state of its own class.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, LabelledData) and type(data).__qualname__ not in checkpoint:
+        states = (v for v in checkpoint.values() if isinstance(v, dict) and "hash" in v.get("noise", ()))
+        for state in states:
+            data.load_state_dict(state)
 
 
 def _moved(path: str, folder: Path) -> str:

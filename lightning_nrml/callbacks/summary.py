@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightning_nrml.callbacks.checkpoint import LastCheckpoint
+from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lightning_nrml.callbacks.evaluator import SplitEvaluator
 from lightning_nrml.files import write_text
 
@@ -106,22 +106,26 @@ class FitSummary(Callback):
         folder = Path(self.run_folder or trainer.default_root_dir)
         config = folder / "config.yaml"
         lines = []
-        best = next(
-            (c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None) is not None),
-            None,
-        )
+        best = _best(trainer)
         if best is not None:
-            score = float(best.best_model_score)  # type: ignore[attr-defined]
-            where = _near(best.best_model_path, folder)  # type: ignore[attr-defined]
-            lines.append(f"best checkpoint  {where} ({best.monitor} {score:.4f})")  # type: ignore[attr-defined]
+            score = float(best.best_model_score)
+            where = _near(best.best_model_path, folder)
+            lines.append(f"best checkpoint  {where} ({best.monitor} {score:.4f})")
         lines.append(f"run folder       {folder}")
         if config.is_file():
             shown = f"--config {shlex.quote(str(config))}"
             if best is not None:
-                lines.append(f"evaluate         nrml test {shown} --ckpt_path best")
+                named = "best" if isinstance(best, BestCheckpoint) else shlex.quote(where)
+                lines.append(f"evaluate         nrml test {shown} --ckpt_path {named}")
             if any(callback.last_model_path or callback.best_model_path for callback in _last(trainer)):
                 lines.append(f"train on         nrml fit {shown} --ckpt_path last --trainer.max_epochs N")
         return lines
+
+
+def _best(trainer: Trainer) -> Any:
+    """Ours, which ``--ckpt_path best`` means, or else another callback with a best checkpoint, if any."""
+    known = [c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None) is not None]
+    return min(known, key=lambda c: not isinstance(c, BestCheckpoint), default=None)
 
 
 def _last(trainer: Trainer) -> list[LastCheckpoint]:

@@ -48,6 +48,13 @@ from lightning_nrml.cli.trainer import NRMLTrainer, StopTogether, check_embeds
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
 
+#: our sections of the config, and what switches each off
+SWITCHES = {
+    "checkpoint_last": "every_n_epochs to 0",
+    "checkpoint_best": "monitor to null",
+    "run_card": "show to false",
+}
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {"class_path": f"{RunCSVLogger.__module__}.{RunCSVLogger.__name__}"},
     "use_distributed_sampler": False,  # our samplers know their rank; Lightning's would undo them
@@ -123,6 +130,9 @@ class NRMLCLI(LightningCLI):
         self.run_folder = Path(given) if given else default_run_folder(configs, model, data)
         trainer.default_root_dir = str(self.run_folder)
         self._roots = [self.run_folder, *saved_roots(configs)]
+        for key, mend in SWITCHES.items():
+            if config[key] is None:
+                raise UserError(f"{key} cannot be null: to do without, set {key}.{mend}.")
         for key in ("checkpoint_last", "checkpoint_best"):
             old = [root / CHECKPOINTS for root in self._roots]
             self._follow(config[key], "dirpath", str(self.run_folder / CHECKPOINTS), old)
@@ -130,13 +140,23 @@ class NRMLCLI(LightningCLI):
         self._ckpt_path = resolve_checkpoint(command, config.get("ckpt_path"), self.run_folder)
         if self._ckpt_path is not None:
             check_checkpoint(self._ckpt_path)
-        check_writable(self.run_folder)
         if command == "predict" and config.get("return_predictions") is None:
             config.return_predictions = False  # PredictionWriter has them
         # kept from Lightning until the run, which would overlay the config with the file's hyperparameters
         if "ckpt_path" in config:
             config.ckpt_path = None
         self._place_loggers(command, config)
+        self._check_places(command, config)
+
+    def _check_places(self, command: str, config: Namespace) -> None:
+        """See that what the command writes can be written, before minutes go into building data and model."""
+        check_writable(self.run_folder)
+        if command == "fit":
+            for key in ("checkpoint_last", "checkpoint_best"):
+                check_writable(Path(config[key].dirpath), f"--{key}.dirpath")
+        else:
+            given = command == "audit" and config.get("out")
+            check_writable(self.output_folder, "--out" if given else "--trainer.default_root_dir")
 
     def _section(self) -> Namespace:
         return self.config.get(self.config.get("subcommand") or "", self.config)

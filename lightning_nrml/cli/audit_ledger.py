@@ -25,7 +25,7 @@ def main(args: Sequence[str]) -> int:
         required=True,
         help="the run's folder, or a ledger in it; of a multi-label run noise_ledger_labels.parquet",
     )
-    parser.add_argument("--out", help="folder to write to; default: audit beside the ledger")
+    parser.add_argument("--out", help="folder to write to; default: audit_ledger beside the ledger")
     parser.add_argument("--images", help="folder that the ledger's images are in, for thumbnails")
     parser.add_argument("--gallery", type=int, default=200, help="samples with images in the report")
     parser.add_argument(
@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> int:
     parsed = parser.parse_args(list(args))
     try:
         return _run(parsed)
-    except (UserError, ValueError, FileNotFoundError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"nrml: {error}", file=sys.stderr)
         return 2
 
@@ -49,7 +49,7 @@ def _run(parsed: argparse.Namespace) -> int:
     ledger = find_ledger(Path(parsed.ledger))
     options = AuditOptions(rule=parsed.rule, gallery=parsed.gallery, review=parsed.review)
     pixels = None if parsed.images is None else partial(_load, Path(parsed.images))
-    folder = Path(parsed.out) if parsed.out else ledger.parent / "audit"
+    folder = Path(parsed.out) if parsed.out else ledger.parent / "audit_ledger"
     result = audit_ledger(ledger, folder, options, pixels)
     for name in ("report", "table", "rates", "corrected"):
         if name in result.files:

@@ -16,6 +16,8 @@ MACHINE = {
     errno.EISDIR,
     errno.ENAMETOOLONG,
 }
+#: a class that the parser could not build, and the line of its error that says what to install
+NOT_INSTALLED = re.compile(r"Problem with given class_path '([\w.]+)':\s+([^\n]*\bpip install\b[^\n]*)")
 MISMATCH = re.compile(
     r"size mismatch for ([\w.]+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
     r"the shape in current model is torch\.Size\((.*?)\)"
@@ -34,6 +36,8 @@ def foreign_sentence(error: BaseException) -> str | None:
             "The checkpoint's optimiser state belongs to another model or other optimiser groups: resume "
             "with the config.yaml of the run, or start anew from its weights with model.init_weights."
         )
+    if match := NOT_INSTALLED.search(text):
+        return f"{match[1].rpartition('.')[2]} cannot be used: {match[2]}"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text:
         return (
             "The device's memory is full: lower data.batch_size (or data.eval_batch_size in evaluation), "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_nrml.cli.errors import UserError, nearest
+from lightning_nrml.files import make_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -118,7 +119,7 @@ def _copy(name: str, target: Path, force: bool) -> int:
     target = target / source.name if target.is_dir() else target
     if target.exists() and not force:
         raise UserError(f"{target} exists: give another file name, or --force to overwrite it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     shutil.copyfile(source, target)
     print(f"Wrote {target}; train with: nrml fit --config {target}")
     return 0
@@ -164,6 +165,6 @@ def main(args: Sequence[str]) -> int:
         if parsed.verb == "cp":
             return _copy(parsed.name, parsed.target, parsed.force)
         return _validate(parsed.names)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"nrml: {error}", file=sys.stderr)
         return 2

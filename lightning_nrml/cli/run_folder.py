@@ -8,6 +8,12 @@ from pathlib import Path
 from lightning_nrml.cli.check import load_yaml
 from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.recipes import config_arguments, option
+from lightning_nrml.files import make_folder
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 CHECKPOINTS = "checkpoints"
 NAMED_CHECKPOINTS = ("best", "last", "init")
@@ -76,18 +82,59 @@ def resolve_checkpoint(command: str, ckpt_path: str | None, run_folder: Path) ->
     raise UserError(f"--ckpt_path {ckpt_path} finds nothing: {path} does not exist ({found}); {mend}")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--trainer.default_root_dir") -> None:
     """See, without making it, that ``folder`` can be written to.
 
     Raises:
-        UserError: it or the nearest folder above it is a file or may not be written.
+        UserError: it or the nearest folder above it is a file or may not be written; names the ``option``
+            that sets another place.
     """
-    mend = "name another place with --trainer.default_root_dir."
+    mend = f"name another place with {option}."
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     if not there.is_dir():
-        raise UserError(f"the run folder {folder} cannot be made: {there} is a file; {mend}")
+        raise UserError(f"the folder {folder} cannot be made: {there} is a file; {mend}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"the run folder {folder} cannot be written: {there} is read-only for you; {mend}")
+        raise UserError(f"the folder {folder} cannot be written: {there} is read-only for you; {mend}")
+
+
+class FolderClaim:
+    """Keeps two processes from training in one run folder, where their checkpoints and metrics would mix.
+
+    A lock of the operating system on the folder itself: it goes with the process, however that ends. File
+    systems that know no locks are not guarded.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """Claim ``folder``, which is made if it is missing; nothing happens if it was claimed before.
+
+        Raises:
+            UserError: another run has it.
+        """
+        if self._handle is not None or fcntl is None:
+            return
+        make_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another run is training in {folder} now, and would share checkpoints and metrics with this "
+                "one: name another place with --trainer.default_root_dir, or wait until it has ended."
+            ) from None
+        except OSError:
+            os.close(handle)
+            return
+        self._handle = handle
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def with_run(args: list[str]) -> list[str]:

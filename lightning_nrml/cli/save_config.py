@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_nrml.cli.loggers import RunCSVLogger
+from lightning_nrml.cli.run_folder import FolderClaim
 from lightning_nrml.files import write_text
 
 
@@ -18,7 +19,7 @@ class RunConfig(SaveConfigCallback):
     """Writes ``<run folder>/config.yaml`` and logs the same content as hyperparameters.
 
     The run folder stays as it is until one batch has gone through: a run that fails at its start must not
-    take the place of an earlier one.
+    take the place of an earlier one. While a fit runs, no other process may train in the same folder.
 
     Nested keys keep their dots (``model.init_args.embedding_dim``), so dashboards can filter by them.
     The id of a W&B run is kept in the checkpoint: a resumed run continues the same curve.
@@ -30,9 +31,12 @@ class RunConfig(SaveConfigCallback):
         self.verb = verb
         self.wandb_id: str | None = None
         self._text: str | None = None
+        self._claim = FolderClaim()
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Rank 0 only; called once, before any other setup."""
+        if self.verb == "fit" and self.folder.is_dir():
+            self._claim.take(self.folder)
         self._text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         config = yaml.safe_load(self._text)
         for logger in trainer.loggers:
@@ -45,6 +49,8 @@ class RunConfig(SaveConfigCallback):
         """Write, once; only rank 0 has a text."""
         if self._text is None or trainer.sanity_checking:
             return
+        if self.verb == "fit":
+            self._claim.take(self.folder)
         path = self.folder / self.config_filename
         write_text(path, f"# written by 'nrml {self.verb}'; run again with --config {path}\n{self._text}")
         self._text = None
@@ -53,6 +59,14 @@ class RunConfig(SaveConfigCallback):
                 logger.begin()
 
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _begin
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Other runs may use the folder."""
+        self._claim.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same for a run that was broken off."""
+        self._claim.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The W&B run id, for the checkpoint."""

@@ -36,6 +36,8 @@ METHODS = {
 }
 #: which method trains the net, and what the audit is given of its run
 AUDITED = {"cleaned": ("bce", "--ckpt_path"), "cleaned_prism": ("prism", "--ledger")}
+#: where such an audit writes
+FOLDERS = {"--ckpt_path": "audit", "--ledger": "audit_ledger"}
 KINDS = {"mixed": "extra and missing labels", "subtractive": "missing labels", "additive": "extra labels"}
 #: the central ones first
 SETTINGS = (
@@ -93,7 +95,7 @@ def stages(run: Run, data: Path, folder: Path) -> list[list[str]]:
     return [
         kept,
         ["audit", f"{given}={first}", "--rule=relabel"],
-        [*again, f"{noise}={first}/audit/labels_corrected.csv"],
+        [*again, f"{noise}={first}/{FOLDERS[given]}/labels_corrected.csv"],
     ]
 
 

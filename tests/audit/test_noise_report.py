@@ -27,7 +27,7 @@ from lightning_nrml.audit import AuditData, AuditOptions, AuditResult
 from lightning_nrml.callbacks import PRISM, MultiLabelPRISM, NoiseReport
 from lightning_nrml.callbacks.noise_report import embed_training_set, log_to_wandb
 from lightning_nrml.cli.recipes import recipe_folder
-from lightning_nrml.data import DigitsDataModule
+from lightning_nrml.data import ArrayDataModule, DigitsDataModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modules"))
 from test_multilabel import data as multilabel_data
@@ -69,6 +69,11 @@ def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> No
     class NoLabels(DigitsDataModule):
         train_label = None  # type: ignore[assignment]
 
+    images = np.zeros((40, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", image=images, label=np.zeros(40, int), train_class=np.arange(40) < 32)
+    one = ArrayDataModule(str(tmp_path / "a.npz"), batch_size=32, m_per_class=32)
+    with pytest.raises(ValueError, match="the labels have 1 class: an audit asks which other class"):
+        trainer(tmp_path, 1, [NoiseReport()]).fit(module(), one)
     with pytest.raises(TypeError, match="the audit needs a datamodule of lightning_nrml"):
         trainer(tmp_path, callbacks=[NoiseReport()]).fit(module(), NoLabels(batch_size=32))
     with pytest.raises(ValueError, match="history is -1"):
@@ -257,7 +262,11 @@ def test_verb(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     assert (tmp_path / "other" / "report.html").is_file()
     assert (tmp_path / "other" / "config.yaml").read_text().startswith("# written by 'nrml audit';")
-    # the ledger alone
+    # the ledger alone, beside the other audit
+    before = {p: p.read_bytes() for p in (run / "audit").iterdir()}
+    assert main(["audit", "--ledger", "runs/q"]) == 0
+    assert {p: p.read_bytes() for p in (run / "audit").iterdir()} == before
+    assert (run / "audit_ledger" / "report.html").is_file()
     Path("other.csv").write_text("index,label,keep,mark\n3,1,1,right\n5000,1,0,wrong\n")
     assert main(["audit", "--ledger", "runs/q", "--out", "led"]) == 0
     assert (tmp_path / "led" / "report.html").is_file()

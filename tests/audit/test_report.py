@@ -306,3 +306,22 @@ def test_marks_of_two_sets_and_of_two_tabs_are_kept_apart_and_together(tmp_path)
     assert [row["label"] for row in rows][:4] == ["0", "2", "0", "0"]
     assert [int(row["index"]) for row in rows if row["mark"]] == sorted({1, 3, second})
     assert [row["index"] for row in rows if row["keep"] == "false"] == [str(second)]
+
+
+def test_sets_without_names_are_told_apart_by_their_pixels(tmp_path):
+    """Two npz files of equally many images per class have the same labels."""
+    label = torch.arange(40) % 4
+    frame = audit_table(label.numpy(), np.linspace(-3, 0, 40), label.numpy())
+
+    def name(pixels: np.ndarray | None) -> str:
+        images = None if pixels is None else lambda rows: pixels[rows]
+        return page_data(frame, ReportFacts(), images, None, 4, 10)["id"]
+
+    rng = np.random.default_rng(0)
+    birds, cars = (rng.integers(0, 255, (40, 1, 8, 8), dtype=np.uint8) for _ in range(2))
+    assert name(birds) != name(cars)
+    assert name(birds) == name(birds.copy())
+    assert name(birds) != name(None)
+    # with names the pixels are not asked, which may be damaged files
+    frame["path"] = [f"{i}.png" for i in range(40)]
+    assert name(birds) == name(None)

@@ -281,6 +281,8 @@ def test_mixture_rate():
         ({"num_classes": 4}, r"label runs from 0 to 5; it must lie in \[0, C - 1\] with C = num_classes = 4"),
         ({"evidence": "magic"}, "evidence is 'magic': choose one of auto, both, centres, knn"),
         ({"folds": 1}, "folds must be 2 to N = 360, got 1"),
+        ({"folds": 400}, "an audit of 400 folds needs at least as many samples, got 360"),
+        ({"label": torch.zeros(360, dtype=torch.int64)}, "the labels have 1 class: .* at least 2"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
 )

@@ -168,6 +168,64 @@ def test_metric_that_nobody_logs(nrml, folder, caplog, monitor, mend):
     assert (folder / "runs/tiny/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.parametrize("given", ["--checkpoint_best.monitor=null", "--config=off.yaml"])
+def test_best_checkpoint_can_be_switched_off(nrml, folder, caplog, given):
+    (folder / "off.yaml").write_text("checkpoint_best: {monitor: null}")
+    with caplog.at_level("INFO"):
+        assert nrml(*FIT, "--trainer.default_root_dir=runs/off", given)[0] == 0
+    assert "No best.ckpt" not in caplog.text
+    assert [p.name for p in (folder / "runs/off/checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("key", "mend"),
+    [
+        ("checkpoint_best", "checkpoint_best.monitor to null"),
+        ("checkpoint_last", "checkpoint_last.every_n_epochs to 0"),
+        ("run_card", "run_card.show to false"),
+    ],
+)
+def test_a_section_of_ours_that_is_null(nrml, folder, key, mend):
+    (folder / "null.yaml").write_text(f"{key}: null")
+    code, _, err = nrml(*FIT, "--config=null.yaml")
+    assert code == 2
+    assert err == f"nrml: {key} cannot be null: to do without, set {mend}.\n"
+
+
+def test_the_last_epoch_is_in_the_last_checkpoint(nrml, folder):
+    """Whatever lies between two checkpoints, and however the run ends."""
+    last = folder / "runs/tiny/checkpoints/last.ckpt"
+    stop = "{class_path: EarlyStopping, init_args: {monitor: train/loss, patience: 0, min_delta: 10}}"
+    for ends, epochs in (
+        (("--trainer.max_epochs=4",), 4),
+        (("--trainer.max_epochs=-1", "--trainer.max_steps=5"), 3),
+        (("--trainer.max_epochs=9", f"--trainer.callbacks+={stop}"), 2),
+    ):
+        last.unlink(missing_ok=True)
+        code, _, err = nrml(*FIT, "--checkpoint_last.every_n_epochs=7", *ends)
+        assert code == 0, err
+        assert torch.load(last, weights_only=True)["epoch"] == epochs - 1
+    last.unlink()
+    assert nrml(*FIT, "--checkpoint_last.every_n_epochs=0")[0] == 0
+    assert not last.exists()
+
+
+@pytest.mark.parametrize(("ours", "named"), [("val/recall@1", "best"), ("null", "mine.ckpt")])
+def test_the_summary_names_the_checkpoint_that_it_evaluates(nrml, folder, ours, named):
+    """A callback of the user's own monitors something else, and its best epoch is another one."""
+    own = "{monitor: val/recall@1, mode: min, filename: mine, enable_version_counter: false}"
+    callback = f"--trainer.callbacks+={{class_path: ModelCheckpoint, init_args: {own}}}"
+    code, out, err = nrml(*FIT, callback, f"--checkpoint_best.monitor={ours}")
+    assert code == 0, err
+    best, ckpt = (re.search(rf"{key} +(.+)", out)[1] for key in ("best checkpoint", "evaluate.*--ckpt_path"))
+    assert Path(best.split()[0]).name == ("best.ckpt" if named == "best" else named)
+    assert Path(ckpt).name == named
+    saved = torch.load(folder / best.split()[0], weights_only=True)
+    assert saved["epoch"] == (1 if named == "best" else 0)
+    code, _, err = nrml("test", "--config", "runs/tiny/config.yaml", "--ckpt_path", ckpt)
+    assert code == 0, err
+
+
 def test_no_best_checkpoint_without_a_validation(nrml, folder, caplog):
     """The callback that would log the metric is there, so it is not what to add."""
     args = ["--trainer.max_epochs=1", "--trainer.default_root_dir=runs/q", "--trainer.accelerator=cpu"]

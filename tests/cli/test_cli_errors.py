@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from jsonargparse import ArgumentError
 
@@ -152,3 +154,20 @@ def test_nearest():
     assert nearest("prism", ["PRISM", "BARE"]) == "did you mean 'PRISM'?"
     assert nearest("zzz", list("dcba"), limit=3) == "accepted: a, b, c, ...."
     assert nearest("x", []) == "nothing is accepted here."
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_logger_whose_package_is_missing(nrml, folder, monkeypatch, several):
+    """Lightning tells it within what the parser tried."""
+    for module in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{flag}", False)
+    logger = "{class_path: TensorBoardLogger, init_args: {save_dir: logs}}"
+    code, _, err = nrml(
+        "fit", "--config=tiny.yaml", f"--trainer.logger={f'[{logger}]' if several else logger}"
+    )
+    assert code == 2
+    assert err.startswith("nrml: TensorBoardLogger cannot be used: Neither `tensorboard` nor `tensorboardX`")
+    assert "pip install" in err
+    assert len(err.strip().splitlines()) == 1

@@ -10,6 +10,9 @@ import pytest
 import torch
 import yaml
 
+from lightning_nrml.cli.errors import UserError
+from lightning_nrml.cli.run_folder import FolderClaim
+
 FIT = ("fit", "--config", "tiny.yaml")
 
 
@@ -154,3 +157,78 @@ def test_a_run_that_is_not_there(nrml, folder, verb, config):
         assert code == 2
         assert words in err
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "place", "option"),
+    [
+        (FIT, "runs/tiny/checkpoints", "--checkpoint_last.dirpath"),
+        ((*FIT, "--checkpoint_best.dirpath=a/b"), "a", "--checkpoint_best.dirpath"),
+        (("test", "--ckpt_path=runs/done"), "runs/done/test", "--trainer.default_root_dir"),
+        (("predict", "--ckpt_path=runs/done"), "runs/done/predict", "--trainer.default_root_dir"),
+        (("audit", "--ckpt_path=runs/done"), "runs/done/audit", "--trainer.default_root_dir"),
+        (("audit", "--ckpt_path=runs/done", "--out=x/y"), "x", "--out"),
+    ],
+)
+def test_a_file_in_the_way_is_told_before_anything_is_built(nrml, folder, monkeypatch, args, place, option):
+    assert nrml(*FIT, "--trainer.default_root_dir=runs/done")[0] == 0
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (folder / place).write_text("mine")
+    monkeypatch.setattr("cli_fakes.TinyData.__init__", lambda *_: pytest.fail("data were built"))
+    code, _, err = nrml(*args)
+    assert code == 2
+    assert f"{place} is a file; name another place with {option}." in err
+    assert len(err.strip().splitlines()) == 1
+    assert (folder / place).read_text() == "mine"
+
+
+def test_a_file_in_the_way_of_what_needs_no_model(nrml, folder):
+    (folder / "mine").write_text("mine")
+    ledger = "index,rank,label,suggested_label,mean_log_p_clean,times_seen,times_dropped,keep\n"
+    (folder / "noise_ledger.csv").write_text(ledger + "0,1,0,1,-2.0,3,2,False\n1,2,1,1,-0.1,3,0,True\n")
+    for args in (
+        ("audit", "--ledger", "noise_ledger.csv", "--out", "mine/x"),
+        ("recipes", "cp", "quickstart", "mine/x.yaml"),
+        ("inject", "--config", "quickstart", "--out", "mine/x.csv"),
+    ):
+        code, _, err = nrml(*args)
+        assert code == 2
+        assert err.startswith("nrml: the folder mine")
+        assert "mine is a file; name another place" in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_two_runs_do_not_train_in_one_folder(nrml, folder, monkeypatch):
+    """The second one is refused, and nothing of the first is touched; once that has ended, it may."""
+    assert nrml(*FIT)[0] == 0
+    before, other = contents(folder / "runs/tiny"), FolderClaim()
+    other.take(folder / "runs/tiny")
+    told = "another run is training in runs/tiny now, and would share checkpoints"
+    for more in ((), ("--ckpt_path=last", "--trainer.max_epochs=3")):
+        code, _, err = nrml(*FIT, *more)
+        assert code == 2
+        assert told in err
+        assert contents(folder / "runs/tiny") == before
+    assert nrml("test", "--ckpt_path=runs/tiny")[0] == 0
+    other.release()
+    assert nrml(*FIT)[0] == 0
+    other.take(folder / "runs/tiny")  # a run that has ended holds nothing
+    other.release()
+
+    # both were started before there was a folder
+    start = "cli_fakes.TinyModule.on_train_start"
+    monkeypatch.setattr(start, lambda self: other.take(folder / "runs/new"), raising=False)
+    code, _, err = nrml(*FIT, "--trainer.default_root_dir=runs/new")
+    assert code == 2
+    assert told.replace("tiny", "new") in err
+    assert contents(folder / "runs/new") == {}
+    with pytest.raises(UserError, match="another run"):
+        FolderClaim().take(folder / "runs/new")
+    other.release()
+
+
+def test_a_run_that_fails_gives_its_folder_back(nrml, folder):
+    assert nrml(*FIT)[0] == 0
+    with pytest.raises(RuntimeError, match="failed at start"):
+        nrml(*FIT, "--model=cli_fakes.Failing", "--model.at=on_train_epoch_end")
+    assert nrml(*FIT)[0] == 0

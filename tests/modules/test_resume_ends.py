@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import assert_same_state, digits, module, state_of, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_nrml.callbacks import PRISM
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
@@ -16,7 +16,23 @@ from lightning_nrml.optim import OptimizerConfig
 STEPS = 8  # of an epoch
 
 
-def run(folder: Path, resume: Path | None = None, model: dict[str, Any] | None = None, **limits: Any):
+class StopAt(Callback):
+    """Asks for the end of the run after a step, as ``max_time`` does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+def run(
+    folder: Path,
+    resume: Path | None = None,
+    model: dict[str, Any] | None = None,
+    stop: int = 0,
+    **limits: Any,
+):
     """Trains; leaves a checkpoint after every step (``s<n>``) and every epoch (``e<n>``) behind."""
     every = {"save_top_k": -1, "auto_insert_metric_name": False}
     callbacks = [
@@ -24,6 +40,7 @@ def run(folder: Path, resume: Path | None = None, model: dict[str, Any] | None =
         ModelCheckpoint(folder, "s{step}", every_n_train_steps=1, **every),
         ModelCheckpoint(folder, "e{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, **every),
         LastCheckpoint(dirpath=str(folder / "last")),
+        StopAt(stop),
     ]
     fit = trainer(folder, callbacks=callbacks, **{"limit_val_batches": 0, **limits})
     net = module(**(model or {}))
@@ -56,6 +73,18 @@ def test_stopped_by_max_steps_within_an_epoch(tmp_path):
     run(tmp_path / "part", model=model, max_epochs=-1, max_steps=12)
     last = tmp_path / "part" / "last" / "last.ckpt"
     same(whole, run(tmp_path / "rest", last, model, max_epochs=-1, max_steps=28))
+
+
+@pytest.mark.parametrize("limits", [{}, {"limit_val_batches": 1, "val_check_interval": 0.5}])
+def test_stopped_within_an_epoch(tmp_path, limits):
+    """In the middle, where a validation is due, at the last step, and in the last epoch."""
+    limits = {"max_epochs": 4, **limits}
+    whole, resume = run(tmp_path / "whole", **limits), None
+    for step in (11, 12, 16, 30):
+        part = run(tmp_path / str(step), resume, stop=step, **limits)
+        assert part[1].global_step == step
+        resume = tmp_path / str(step) / "last" / "last.ckpt"
+    same(whole, run(tmp_path / "rest", resume, **limits))
 
 
 @pytest.mark.parametrize("validation", [0, 1])

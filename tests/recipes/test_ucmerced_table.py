@@ -45,11 +45,12 @@ def test_audited_labels_come_from_a_net_of_the_same_run(tmp_path: Path) -> None:
     assert audit == ["audit", f"--ledger={tmp_path}/run/first", "--rule=relabel"]
     plain = table.command(run._replace(method="bce"), tmp_path, tmp_path / "run")
     own = [a for a in again if a not in plain]
-    assert own == [f"--data.init_args.noise={tmp_path}/run/first/audit/labels_corrected.csv"]
+    assert own == [f"--data.init_args.noise={tmp_path}/run/first/audit_ledger/labels_corrected.csv"]
     assert {a.partition("=")[0] for a in plain if a not in again} == {
         f"--data.init_args.noise.{key}" for key in ("kind", "rate", "seed")
     }
-    bce, audit, _ = table.stages(run._replace(method="cleaned"), tmp_path, tmp_path / "run")
+    bce, audit, again = table.stages(run._replace(method="cleaned"), tmp_path, tmp_path / "run")
+    assert f"--data.init_args.noise={tmp_path}/run/first/audit/labels_corrected.csv" in again
     assert any(a.endswith("bce_ucmerced.yaml") for a in bce)
     assert audit[1] == f"--ckpt_path={tmp_path}/run/first"
     assert table.stages(run._replace(method="elr"), tmp_path, tmp_path) == [
