@@ -158,12 +158,17 @@ def join_splits(
         where: what to call the data in messages.
 
     Raises:
-        ValueError: a label is no class, a split is empty, or evaluation classes are partly seen and
-            partly unseen in training.
+        ValueError: a label is no class, a split is empty, there are several labels per image, or evaluation
+            classes are partly seen and partly unseen in training.
     """
     bound = None if class_names is None else len(class_names)
     for name, part in parts.items():
         _check_lengths(part, name, where)
+        if np.ndim(part.label) != 1:
+            raise ValueError(
+                f"{where}, {name}: labels of one class per image have shape (N,), but these have "
+                f"{np.shape(part.label)}; take label[:, 0] of one column, label.argmax(1) of one-hot rows"
+            )
         part.label = check_labels(part.label, bound, f"{where}, {name}")
         if part.clean_label is not None:
             source = f"{where}, clean labels of {name}"

@@ -78,6 +78,23 @@ def test_names_that_start_with_a_dot_are_no_images(tmp_path):
     assert len(splits.train) + len(splits.test) == 8
 
 
+@pytest.mark.parametrize("names", [["Test", "Train"], ["testing", "training"], ["test", "valid"]])
+def test_splits_of_other_names_are_no_classes(tmp_path, names):
+    """They were: ``Test`` trained, and ``Train`` was the unseen class."""
+    for name in names:
+        fill(tmp_path / name, "ab")
+    with pytest.raises(ValueError, match=rf"the folders {', '.join(names)}: if these are splits"):
+        folder(tmp_path).num_classes
+
+
+def test_what_is_not_read_beside_the_splits_is_told(tmp_path):
+    fill(tmp_path / "train", "ab")
+    fill(tmp_path / "valid", "ab")
+    (tmp_path / ".cache").mkdir()
+    with pytest.warns(UserWarning, match="train, val, test are read, and not valid; rename these if"):
+        assert folder(tmp_path).num_train_samples == 8
+
+
 def test_images_without_labels(tmp_path):
     fill(tmp_path / "train", ["all"])
     data = folder(tmp_path, batch_size=2)

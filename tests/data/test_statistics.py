@@ -71,6 +71,16 @@ def test_statistics_of_a_source_without_files_are_not_kept(tmp_path):
     assert both[0].reading() != FileSource([folder / "a.png"], 3, 4, "squash").reading()
 
 
+def test_damaged_statistics_are_made_anew(tmp_path):
+    rasters(tmp_path)
+    expected = cached_statistics(module(tmp_path).splits.train.images, tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    for content in ("", "{", "[]", "{}"):
+        kept.write_text(content)
+        assert cached_statistics(module(tmp_path).splits.train.images, tmp_path / "kept") == expected
+        assert len(kept.read_text()) > 2
+
+
 def test_statistics_of_patches_notice_pixels_bands_and_resampling(tmp_path):
     pytest.importorskip("rasterio", reason=NO_RASTERIO)
     s2, _ = make_v2(tmp_path)
