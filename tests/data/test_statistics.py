@@ -130,14 +130,15 @@ def test_tiles_of_another_place_have_statistics_of_their_own(tmp_path):
     assert one.reading() == deepglobe(tmp_path, tiles_per_image=None).splits.train.images.reading()
 
 
-@pytest.mark.parametrize("bands", [1, 2, 4])
-def test_tiffs_of_other_than_three_bands_are_rasters(tmp_path, bands):
+@pytest.mark.parametrize("bands", [1, 2, 4, 13])
+def test_tiffs_of_other_than_three_bands_are_rasters(tmp_path, bands, caplog):
     rasters(tmp_path, 1)
     for i, file in enumerate(sorted((tmp_path / "Images").rglob("*.tif"))):
         raster(file, np.full((bands, 4, 4), i, dtype=np.uint8))
     data = module(tmp_path, image_size=None)
     assert data.in_channels == bands
     assert isinstance(data.splits.train.images, RasterSource)
+    assert not [record for record in caplog.records if record.name.startswith("PIL")], "of many bands"
 
 
 def test_nodata_and_masks_of_8_bit_tiffs_are_refused(tmp_path):
