@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -135,4 +136,9 @@ def split_rows(array: np.ndarray, num_rows: int, where: str) -> dict[str, np.nda
             f"{where}, row {row}: {array[row]!r}; a split is one of {', '.join(map(str, allowed))}"
         )
     rows = {name: np.flatnonzero(array == code) for name, code in zip(SPLIT_NAMES, allowed, strict=True)}
+    if array.dtype.kind not in "UO" and len(rows["val"]) and not len(rows["test"]):
+        warnings.warn(
+            f"{where} holds no 2: 0 is read as train and 1 as val; if 1 means train, make it bool",
+            stacklevel=2,
+        )
     return {name: at for name, at in rows.items() if name == "train" or len(at)}

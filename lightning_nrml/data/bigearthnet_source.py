@@ -225,12 +225,14 @@ class PatchSource(ImageSource):
             for sensor in ("s2", "s1")
         }
         self.plan = {sensor: channels for sensor, channels in self.plan.items() if channels}
+        #: the sensor whose patch is not there, by row, as far as :meth:`missing` has found out
+        self._lost: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(next(iter(self.names.values())))
 
     def name(self, row: int) -> str:
-        sensor = next(iter(self.plan))
+        sensor = self._lost.get(row, next(iter(self.plan)))
         return self.store.where(sensor, self.names[sensor][row].decode())
 
     def reading(self) -> tuple[object, ...]:
@@ -242,10 +244,11 @@ class PatchSource(ImageSource):
             yield from self.store.files(sensor, self.names[sensor], [self.bands[c] for c in channels])
 
     def missing(self) -> list[int]:
-        lost = np.zeros(len(self), dtype=bool)
+        self._lost = {}
         for sensor in self.plan:
-            lost |= self.store.absent(sensor, self.names[sensor])
-        return [int(row) for row in np.flatnonzero(lost)]
+            for row in np.flatnonzero(self.store.absent(sensor, self.names[sensor])).tolist():
+                self._lost.setdefault(row, sensor)
+        return sorted(self._lost)
 
     def subset(self, rows: np.ndarray) -> PatchSource:
         names = {sensor: name[rows] for sensor, name in self.names.items()}

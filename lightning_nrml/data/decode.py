@@ -71,5 +71,6 @@ def _centre_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
     """Largest centred box of the wanted ``(height, width)`` aspect inside ``(width, height)``."""
     width, height = have
     scale = min(width / want[1], height / want[0])
-    dx, dy = (width - scale * want[1]) / 2, (height - scale * want[0]) / 2
+    # rounded down to below 0 for some sizes, which Pillow refuses
+    dx, dy = max((width - scale * want[1]) / 2, 0.0), max((height - scale * want[0]) / 2, 0.0)
     return dx, dy, width - dx, height - dy

@@ -201,6 +201,9 @@ def _rows(file: Path, columns: int, where: str, header: bool = False) -> list[_R
         for i, line in enumerate(lines, 1)
         if line.strip()
     ]
+    if header and rows and rows[0].fields[0].isdecimal():
+        first = lines[rows[0].line - 1]
+        raise ValueError(f"{rows[0]}: this must be the header, got {first!r}; unpack {where}")
     for row in rows[header:]:
         if len(row.fields) != columns:
             raise ValueError(f"{row}: expected {columns} fields, got {lines[row.line - 1]!r}")

@@ -14,6 +14,8 @@ from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, join_splits, split_by_rows
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+#: other names of splits, which are hardly classes if there are no others
+_LIKE_SPLITS = {*SPLIT_NAMES, "training", "valid", "validation", "dev", "testing"}
 
 
 class FolderDataModule(NRMLDataModule):
@@ -61,10 +63,23 @@ class FolderDataModule(NRMLDataModule):
         if (root / "train").is_dir():
             return self._split_folders(root)
         paths, label, names = list_classes(root)
+        if all(name.lower() in _LIKE_SPLITS for name in names):
+            raise ValueError(
+                f"{root} has the folders {', '.join(names)}: if these are splits, call them train, val and "
+                "test; if they are classes, put them into a folder 'train'"
+            )
         rows = self._rows(label, len(names))
         return split_by_rows(self._source(root, paths), label, rows, names, str(root), paths=paths)
 
     def _split_folders(self, root: Path) -> Splits:
+        others = [path.name for path in _folders(root) if path.name not in SPLIT_NAMES]
+        if others:
+            warnings.warn(
+                f"{root / 'train'} makes {root} a folder of splits, of which {', '.join(SPLIT_NAMES)} are "
+                f"read, and not {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}; rename these if "
+                "they are splits, or 'train' if it is a class",
+                stacklevel=2,
+            )
         found = {name: list_classes(root / name) for name in SPLIT_NAMES if (root / name).is_dir()}
         names = sorted({name for _, _, classes in found.values() for name in classes})
         number = {name: i for i, name in enumerate(names)}
@@ -96,6 +111,11 @@ class FolderDataModule(NRMLDataModule):
         return {"train": chosen, "test": np.setdiff1d(np.arange(len(label)), chosen)}
 
 
+def _folders(root: Path) -> list[Path]:
+    """The folders of ``root`` in sorted order, but for hidden ones."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     """Image paths relative to ``root``, their labels ``(N,)``, and the class names, all in sorted order.
 
@@ -109,7 +129,7 @@ def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     label: list[int] = []
     names: list[str] = []
     empty: list[str] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in _folders(root):
         images = sorted(
             p.relative_to(root).as_posix()
             for p in folder.rglob("*")

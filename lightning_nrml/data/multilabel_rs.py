@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import SAMPLESPERPIXEL, TiffImageFile
 
 from lightning_nrml.data.multilabel_tables import (
@@ -120,12 +122,27 @@ def image_source(files: Sequence[str], bands: Sequence[int] | None, image_size: 
 _NODATA = 42113
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the error that Pillow logs of TIFFs of many bands, which are read by other means."""
+    log = logging.getLogger(TiffImagePlugin.__name__)
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
 def _is_rgb(files: Sequence[str]) -> bool:
     """Whether the first file that is there is a picture: of a TIFF, 8-bit RGB (or a palette) and no more."""
     for file in files:
         if Path(file).is_file():
             try:
-                with Image.open(file) as image:
+                with _silent(), Image.open(file) as image:
                     if isinstance(image, TiffImageFile):
                         tags = image.tag_v2
                         rgb = (image.mode == "RGB" and tags.get(SAMPLESPERPIXEL) == 3) or image.mode == "P"

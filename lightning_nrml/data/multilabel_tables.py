@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
-from lightning_nrml.data.tables import booleans, check_filled, shown
+from lightning_nrml.data.tables import booleans, check_filled, check_header, shown
 from lightning_nrml.files import read_lines
 
 if TYPE_CHECKING:
@@ -103,22 +103,11 @@ def _read(path: Path, image_column: str | None = None) -> pd.DataFrame:
         if suffix == ".parquet":
             return pd.read_parquet(path).rename(columns=str)
         separator = "," if suffix == ".csv" else "\t"
-        _check_header(path, separator)
+        check_header(path, separator)
         texts = dict.fromkeys((0, image_column or 0), str)  # there may be names such as 007
         return pd.read_csv(path, sep=separator, dtype=texts, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a label table: {error}") from error
-
-
-def _check_header(path: Path, separator: str) -> None:
-    """Refuse two columns of one name, which pandas would call ``cars`` and ``cars.1``."""
-    import pandas as pd
-
-    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
-    names = head.iloc[0].tolist()
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
 
 
 def _check_remarks(frame: pd.DataFrame, labels: Sequence[str], path: Path) -> None:

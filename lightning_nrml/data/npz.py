@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,18 @@ class Npz:
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self:
             raise KeyError(f"{self.path} has no array '{key}'; it has {', '.join(sorted(self._file.files))}")
-        array: np.ndarray = self._file[key]
+        try:
+            array: np.ndarray = self._file[key]
+        except ValueError as error:
+            # of dtype object; NumPy's own words suggest to load it unsafely
+            raise ValueError(
+                f"array '{key}' of {self.path} cannot be read ({error}); Python objects are not, for they "
+                "can run code: save numbers or text, such as by astype(str)"
+            ) from error
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise ValueError(
+                f"array '{key}' of {self.path} is damaged ({error}); copy or make the file again"
+            ) from error
         return array
 
     def first(self, keys: Sequence[str]) -> str | None:

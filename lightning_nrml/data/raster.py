@@ -206,8 +206,11 @@ def cached_statistics(images: ImageSource, folder: Path) -> tuple[tuple[float, .
         return band_statistics(images)
     file = folder.expanduser() / f"bands_{digest.hexdigest()[:16]}.json"
     if file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(saved["mean"]), tuple(saved["std"])
+        with contextlib.suppress(
+            LookupError, TypeError, ValueError, OSError
+        ):  # else it is damaged, and made anew
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            return tuple(saved["mean"]), tuple(saved["std"])
     mean, std = band_statistics(images)
     with contextlib.suppress(OSError):  # it is only a cache
         write_text(file, json.dumps({"mean": mean, "std": std}))

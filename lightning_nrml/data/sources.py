@@ -229,6 +229,9 @@ class JpegSource(DecodingSource):
         fit: Fit = "crop",
     ) -> None:
         super().__init__(channels, image_size, fit)
+        if offsets.dtype.kind not in "iu":
+            raise ValueError(f"offsets of {origin} must be whole numbers such as int64, got {offsets.dtype}")
+        offsets = offsets.astype(np.int64)  # differences of unsigned ones never fall
         if len(offsets) < 1 or offsets[0] < 0 or offsets[-1] > len(buffer) or np.any(np.diff(offsets) < 0):
             raise ValueError(f"offsets of {origin} must rise from 0 to at most {len(buffer)}, the bytes held")
         self.buffer, self.offsets, self.origin = buffer, offsets, origin

@@ -158,12 +158,17 @@ def join_splits(
         where: what to call the data in messages.
 
     Raises:
-        ValueError: a label is no class, a split is empty, or evaluation classes are partly seen and
-            partly unseen in training.
+        ValueError: a label is no class, a split is empty, there are several labels per image, or evaluation
+            classes are partly seen and partly unseen in training.
     """
     bound = None if class_names is None else len(class_names)
     for name, part in parts.items():
         _check_lengths(part, name, where)
+        if np.ndim(part.label) != 1:
+            raise ValueError(
+                f"{where}, {name}: labels of one class per image have shape (N,), but these have "
+                f"{np.shape(part.label)}; take label[:, 0] of one column, label.argmax(1) of one-hot rows"
+            )
         part.label = check_labels(part.label, bound, f"{where}, {name}")
         if part.clean_label is not None:
             source = f"{where}, clean labels of {name}"
@@ -199,12 +204,13 @@ def check_splits(splits: Splits, where: str) -> None:
     """Bring labels to int64 and see that images, labels and classes agree.
 
     Raises:
-        ValueError: an empty split, unequal lengths, images of another kind than the train images, or a label
-            out of range.
+        ValueError: an empty split, unequal lengths, images of another kind than the train images, a name that
+            is no text, or a label out of range.
     """
     for name, split in splits.items():
         _check_lengths(split, name, where)
         _check_kind(split.images, splits.train.images, name, where)
+        _check_names(split.paths or (), name, where)
         bound = splits.num_classes if name == "train" or not splits.zero_shot else None
         split.label = check_labels(split.label, bound, f"{where}, {name}")
         if split.clean_label is not None:
@@ -222,6 +228,18 @@ def _check_lengths(split: Split, name: str, where: str) -> None:
             f"{where}: {name} has {len(split)} labels but {len(split.clean_label)} clean labels; give one of "
             "each per image"
         )
+
+
+def _check_names(paths: Sequence[str], name: str, where: str) -> None:
+    """Refuse file names in another encoding now: no ledger could be written at the end of training."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: the name of the {name} image {path!a} is not in UTF-8, so no table can hold it; "
+                "rename the file (convmv does so for whole folders)"
+            ) from error
 
 
 def _check_kind(images: ImageSource, train: ImageSource, name: str, where: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lightning_nrml.data.decode import Fit
 from lightning_nrml.data.noise import NoisyLabels, renumbering
 from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
-from lightning_nrml.data.tables import booleans, check_filled
+from lightning_nrml.data.tables import booleans, check_filled, check_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +164,7 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, or a file that cannot be parsed.
+        ValueError: another suffix, a file that cannot be parsed, or one of these columns twice.
     """
     import pandas as pd
 
@@ -176,6 +177,7 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
             return pd.read_parquet(path)
         # a class may be called "NA": only empty cells are missing; an image or a class may be called "007"
         texts = dict.fromkeys((path_column, *label_columns), str)
+        check_header(path, ",", list(texts))
         frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -245,4 +247,5 @@ def _numbers_or_text(column: pd.Series) -> np.ndarray:
     cells = column.astype(object).where(column.notna(), -1).convert_dtypes()
     if pd.api.types.is_integer_dtype(cells):
         return cells.to_numpy(dtype=np.int64)
-    return np.asarray([str(cell) for cell in cells])
+    # blanks around a name, and how its accents are encoded, tell no classes apart
+    return np.asarray([normalize("NFC", str(cell).strip()) for cell in cells])

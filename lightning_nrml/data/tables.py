@@ -66,6 +66,18 @@ def check_filled(frame: pd.DataFrame, column: str, source: str | Path) -> None:
         )
 
 
+def check_header(path: Path, separator: str, columns: Sequence[str] | None = None) -> None:
+    """Refuse two columns of one name (of ``columns``), which pandas would call ``cars`` and ``cars.1``."""
+    import pandas as pd
+
+    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = head.iloc[0].tolist()
+    seen = [name for name in names if name and (columns is None or name in columns)]
+    twice = next((name for name in seen if seen.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
+
+
 def _integers(source: str, column: str, values: pd.Series, minimum: int) -> np.ndarray:
     import pandas as pd
 
@@ -148,7 +160,7 @@ def read_label_table(path: str | os.PathLike[str], column: str = "label") -> pd.
     """
     import pandas as pd
 
-    path = Path(path)
+    path = Path(path).expanduser()
     suffix = _checked_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"label table '{path}' does not exist (working directory: {Path.cwd()})")
@@ -249,7 +261,7 @@ def write_label_table(
     """
     import pandas as pd
 
-    path = Path(path)
+    path = Path(path).expanduser()
     _checked_suffix(path)
     if not isinstance(frame, pd.DataFrame):
         frame = pd.DataFrame({name: np.asarray(values) for name, values in frame.items()})

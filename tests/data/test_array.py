@@ -125,6 +125,21 @@ def test_noisy_labels_come_from_a_second_array_or_from_a_list_beside_the_file(sa
         ({}, {"split_key": "fold"}, KeyError, "has no array 'fold'"),
         ({"image": IMAGES[:7]}, {}, ValueError, "has 7 images but 8 labels"),
         ({"label": np.asarray([5.0, np.nan] * 4)}, {}, ValueError, "label nan at row 1"),
+        ({"label": LABEL[:, None]}, {}, ValueError, r"but these have \(4, 1\); take label\[:, 0\]"),
+        ({"label": np.eye(8, dtype=int)}, {}, ValueError, r"\(4, 8\);.*label.argmax\(1\) of one-hot"),
+        ({"label": LABEL.astype(object)}, {}, ValueError, r"array 'label' of .*d\.npz.*astype\(str\)"),
+        (
+            {"image": None, **encoded(), "offsets": np.arange(9.0)},
+            {},
+            ValueError,
+            r"d\.npz must be whole numbers .* got float64",
+        ),
+        (
+            {"image": None, **encoded(), "offsets": np.asarray([9, 5, *range(10, 17)], np.uint64)},
+            {},
+            ValueError,
+            r"offsets of .*d\.npz must rise",
+        ),
         ({"train_class": np.ones(8, dtype=bool)}, {}, ValueError, "the test split is empty"),
         ({"train_class": np.full(8, 5)}, {}, ValueError, "row 0: .*5.*; a split is one of 0, 1, 2"),
         ({"train_class": TRAIN[:3]}, {}, ValueError, r"must have shape \(8,\)"),
@@ -136,9 +151,17 @@ def test_noisy_labels_come_from_a_second_array_or_from_a_list_beside_the_file(sa
     ],
 )
 def test_what_does_not_fit_is_named(save, change, settings, error, message):
-    path = save(**({"image": IMAGES, "label": LABEL, "train_class": TRAIN} | change))
+    arrays = {"image": IMAGES, "label": LABEL, "train_class": TRAIN} | change
+    path = save(**{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(error, match=message):
         ArrayDataModule(path, **settings).num_classes
+
+
+def test_ones_and_zeros_that_may_mean_train_and_test_are_told(save):
+    """As codes of splits 0 trains; a bool array that became integers on its way has 1 there."""
+    path = save(image=IMAGES, label=LABEL, train_class=TRAIN.astype(np.uint8))
+    with pytest.warns(UserWarning, match=r"train_class of .* 0 is read as train and 1 as val; if 1 means tr"):
+        assert ArrayDataModule(path).train_label.tolist() == [0, 0, 1, 1]
 
 
 def test_absent_and_foreign_files_are_named(tmp_path):
@@ -147,6 +170,12 @@ def test_absent_and_foreign_files_are_named(tmp_path):
     (tmp_path / "y.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"y\.npz is no readable npz"):
         ArrayDataModule(str(tmp_path / "y.npz")).num_classes
+    np.savez(tmp_path / "d.npz", image=IMAGES, label=LABEL, train_class=TRAIN)
+    content = bytearray((tmp_path / "d.npz").read_bytes())
+    content[300] ^= 255
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"array 'image' of .*d\.npz is damaged"):
+        ArrayDataModule(str(tmp_path / "d.npz")).num_classes
     np.save(tmp_path / "z.npy", IMAGES)
     with pytest.raises(ValueError, match="holds a single array"):
         ArrayDataModule(str(tmp_path / "z.npy")).num_classes

@@ -248,7 +248,7 @@ def test_lmdb_equals_folders_also_in_workers_and_twice_in_a_process(archive) -> 
         root / "less.lmdb",
         {**values, s2[2]: save({"B02": planes(2, ["B02"])["B02"]}), s2[0]: b"\x80\x04pickle"},
     )
-    with pytest.raises(BadImageError, match=rf"1 of 3 train images are missing.*{s2[1]} in .*less.lmdb"):
+    with pytest.raises(BadImageError, match=rf"1 of 3 train images are missing.*{s1[1]} in .*less.lmdb"):
         module(root, root / "cache", bands="both", lmdb="less.lmdb").splits
     bad = module(root, root / "cache", lmdb="less.lmdb", cache=False).splits.train.images
     with pytest.raises(BadImageError, match=f"band B01 of patch {s2[2]} in .* is missing; it has B02"):

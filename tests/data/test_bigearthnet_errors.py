@@ -55,6 +55,9 @@ def test_bad_files_are_named(tmp_path, monkeypatch) -> None:
     file(2, "VV").parent.rename(root / "away")
     with pytest.raises(BadImageError, match=f"1 of 3 train images are missing, the first is .*{s1[2]}"):
         module(root, root / "cache", bands="s1").splits
+    # not the Sentinel-2 patch, which is there
+    with pytest.raises(BadImageError, match=f"1 of 3 train images are missing, the first is .*{s1[2]}"):
+        module(root, root / "cache", bands="both").splits
 
 
 def test_bad_tables_are_named(tmp_path) -> None:

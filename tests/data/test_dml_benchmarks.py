@@ -145,6 +145,9 @@ def test_sop_reads_both_lists(tmp_path):
     (root / "bicycle_final/3.png").unlink()
     with pytest.raises(RuntimeError, match=r"1 of 4 train images are missing.*3\.png"):
         SOPDataModule(str(tmp_path), **SMALL).num_classes
+    (root / "Ebay_test.txt").write_text("1 3 1 a.png\n2 3 1 b.png\n")  # the first image would be lost
+    with pytest.raises(ValueError, match=r"Ebay_test\.txt, line 1: this must be the header, got '1 3 1 a"):
+        SOPDataModule(str(tmp_path), **SMALL).num_classes
     (root / "Ebay_test.txt").write_text("header\n1 3 1 a.png\n2 x 1 b.png\n")
     with pytest.raises(
         ValueError, match=r"Ebay_test\.txt, line 3: the class must be a number from 1, got 'x'"

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,6 +78,35 @@ def test_names_that_start_with_a_dot_are_no_images(tmp_path):
     splits = folder(tmp_path, split="images").splits
     assert not [path for part in (splits.train, splits.test) for path in part.paths if "/." in path]
     assert len(splits.train) + len(splits.test) == 8
+
+
+@pytest.mark.parametrize("names", [["Test", "Train"], ["testing", "training"], ["test", "valid"]])
+def test_splits_of_other_names_are_no_classes(tmp_path, names):
+    """They were: ``Test`` trained, and ``Train`` was the unseen class."""
+    for name in names:
+        fill(tmp_path / name, "ab")
+    with pytest.raises(ValueError, match=rf"the folders {', '.join(names)}: if these are splits"):
+        folder(tmp_path).num_classes
+
+
+def test_what_is_not_read_beside_the_splits_is_told(tmp_path):
+    fill(tmp_path / "train", "ab")
+    fill(tmp_path / "valid", "ab")
+    (tmp_path / ".cache").mkdir()
+    with pytest.warns(UserWarning, match="train, val, test are read, and not valid; rename these if"):
+        assert folder(tmp_path).num_train_samples == 8
+
+
+def test_a_file_name_in_another_encoding_is_refused_before_training(tmp_path):
+    """The ledger could not be written, hours later."""
+    fill(tmp_path / "train", "ab")
+    file = tmp_path / "train" / "a" / "0.png"
+    try:
+        file.rename(file.with_name(os.fsdecode(b"caf\xe9.png")))
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    with pytest.raises(ValueError, match=r"the train image 'train/a/caf.udce9\.png' is not in UTF-8.*rename"):
+        folder(tmp_path).num_classes
 
 
 def test_images_without_labels(tmp_path):

@@ -71,6 +71,16 @@ def test_statistics_of_a_source_without_files_are_not_kept(tmp_path):
     assert both[0].reading() != FileSource([folder / "a.png"], 3, 4, "squash").reading()
 
 
+def test_damaged_statistics_are_made_anew(tmp_path):
+    rasters(tmp_path)
+    expected = cached_statistics(module(tmp_path).splits.train.images, tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    for content in ("", "{", "[]", "{}"):
+        kept.write_text(content)
+        assert cached_statistics(module(tmp_path).splits.train.images, tmp_path / "kept") == expected
+        assert len(kept.read_text()) > 2
+
+
 def test_statistics_of_patches_notice_pixels_bands_and_resampling(tmp_path):
     pytest.importorskip("rasterio", reason=NO_RASTERIO)
     s2, _ = make_v2(tmp_path)
@@ -120,14 +130,15 @@ def test_tiles_of_another_place_have_statistics_of_their_own(tmp_path):
     assert one.reading() == deepglobe(tmp_path, tiles_per_image=None).splits.train.images.reading()
 
 
-@pytest.mark.parametrize("bands", [1, 2, 4])
-def test_tiffs_of_other_than_three_bands_are_rasters(tmp_path, bands):
+@pytest.mark.parametrize("bands", [1, 2, 4, 13])
+def test_tiffs_of_other_than_three_bands_are_rasters(tmp_path, bands, caplog):
     rasters(tmp_path, 1)
     for i, file in enumerate(sorted((tmp_path / "Images").rglob("*.tif"))):
         raster(file, np.full((bands, 4, 4), i, dtype=np.uint8))
     data = module(tmp_path, image_size=None)
     assert data.in_channels == bands
     assert isinstance(data.splits.train.images, RasterSource)
+    assert not [record for record in caplog.records if record.name.startswith("PIL")], "of many bands"
 
 
 def test_nodata_and_masks_of_8_bit_tiffs_are_refused(tmp_path):

@@ -26,6 +26,16 @@ def table(folder, data, suffix="csv", **settings):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_what_cannot_be_seen_makes_no_other_class(images, suffix):
+    """Blanks around a name, and the two encodings of an accent."""
+    names = ["h\u00e9ron", "kite", " kite", "he\u0301ron", "kite ", "h\u00e9ron"]
+    dm = table(images, frame(label=names, clean_label=["h\u00e9ron ", *["kite"] * 5]), suffix)
+    assert dm.class_names == ["h\u00e9ron", "kite"]
+    assert dm.train_label.tolist() == [0, 1, 1, 0, 1, 0]
+    assert dm.train_clean_label.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_names_become_sorted_classes_and_rows_their_images(images, suffix):
     dm = table(images, frame(), suffix)
     assert dm.class_names == ["NA", "cat", "dog"]
@@ -192,6 +202,7 @@ def test_a_path_of_digits_is_a_name(images, column):
             "row 5: 'dev'; a split is one of train",
         ),
         (frame(split=["test"] * 6), ValueError, "the train split is empty"),
+        (frame(more=0).rename(columns={"more": "label"}), ValueError, "there are 2 columns 'label'; rename"),
         (frame(path=["img/9.png"] * 6), RuntimeError, r"6 of 6 train images are missing.*9\.png"),
     ],
 )

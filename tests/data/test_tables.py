@@ -108,6 +108,14 @@ def test_bad_files_are_named(tmp_path):
         read_label_table(tmp_path / "labels.parquet")
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    """The shell leaves the ``~`` of ``--data.init_args.noise=~/labels.csv`` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_label_table("~/labels.csv", {"index": [0], "label": [3]})
+    assert (tmp_path / "labels.csv").is_file()
+    assert read_label_table("~/labels.csv")["label"].tolist() == [3]
+
+
 @SUFFIX
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, suffix, monkeypatch):
     path = tmp_path / f"labels{suffix}"
