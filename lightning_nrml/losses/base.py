@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-
 # A row that is no longer than this has no direction.
 NO_LENGTH = 1e-12
 

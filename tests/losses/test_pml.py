@@ -214,7 +214,14 @@ def test_errors_name_the_nearest():
         PMLLoss("CrossBatchMemory")
 
 
-@pytest.mark.parametrize("reducer", [{"name": "ThresholdReducer", "low": 0.3}, {"name": "AvgNonZeroReducer"}])
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        {"name": "ThresholdReducer", "low": 0.3},
+        {"name": "ThresholdReducer", "low": 0.3, "high": 0.6},
+        {"name": "AvgNonZeroReducer"},
+    ],
+)
 def test_thresholds_are_of_the_terms_not_of_the_weighted_ones(reducer):
     """So that the loss has no jump where a weight goes to 0."""
     ours, z = make("ContrastiveLoss", reducer=reducer), embedding()
