@@ -111,6 +111,11 @@ def test_normal_draws_have_unit_moments():
     assert abs((z**4).mean() - 3) < 0.1
 
 
+def test_a_draw_of_zero_is_finite_and_no_event_of_probability_zero():
+    assert V.Draws.normal(FixedDraws(2, 0.0, 0.0), 1).tolist() == [[0.0], [0.0]]
+    assert not V.Draws.happens(FixedDraws(2, 0.0), 0.0).any()
+
+
 # --- geometry
 
 
@@ -267,6 +272,29 @@ def test_hue_equals_torchvision_on_greys_primaries_and_ties(turn):
     x[2, 1] = x[2, 0]
     x[3, 2] = 0
     assert torch.allclose(shift_hue(x, torch.full((5,), turn)), TF.adjust_hue(x, turn), atol=3e-6)
+
+
+def test_solarize_inverts_from_its_threshold_on():
+    x = torch.tensor([0.24, 0.25, 0.9]).view(1, 1, 1, 3)
+    got = V.Solarize(0.25, 1.0)(x, V.Draws(KEY, 1, 0))
+    torch.testing.assert_close(got.flatten(), torch.tensor([0.24, 0.75, 0.1]))
+
+
+def test_jitter_draws_from_its_whole_ranges():
+    n = 400
+    grey = torch.full((n, 4, 1, 1), 0.25)
+    bright = V.ColorJitter(brightness=2.0, p=1.0)(grey, V.Draws(KEY, n, 0))
+    assert bright.min() > 0, "a factor of U(0, 3), not U(-1, 3)"
+    assert bright.max() == pytest.approx(0.75, abs=0.01)
+    gain = V.ColorJitter(hue=0.4, p=1.0)(grey, V.Draws(KEY, n, 0)) / 0.25 - 1
+    assert gain.min() == pytest.approx(-0.4, abs=0.01)
+    assert gain.max() == pytest.approx(0.4, abs=0.01)
+    orders: list[torch.Tensor] = []
+    rare = V.ColorJitter(0.1, 0.1, 0.1, 0.1, p=0.3)
+    rare.jitter = lambda part, order, *_: orders.append(order) or part
+    rare(grey, V.Draws(KEY, n, 0))
+    first = torch.cat(orders)[:, 0].bincount(minlength=4) / len(torch.cat(orders))
+    assert (first - 0.25).abs().max() < 0.12, "whether a sample is changed tells nothing about the order"
 
 
 def test_jitter_draws_each_sample_and_each_order():

@@ -152,6 +152,8 @@ def test_mochi_is_moco_until_the_warm_up_is_over(tmp_path: Path) -> None:
     loss = plain.step(batch).loss_fn(None)
     assert torch.equal(mixed.step(batch).loss_fn(None), loss)
     assert float(later.step(batch).loss_fn(None).detach()) > float(loss.detach())
+    mixed = module("MoCHi", num_hard=21, num_mixed=8, num_query_mixed=4).mixed_loss
+    assert (mixed.num_hard, mixed.num_mixed, mixed.num_query_mixed) == (21, 8, 4)
     with pytest.raises(ValueError, match="num_hard is 101, more than the 100 keys"):
         module("MoCHi", num_hard=101)
 
@@ -295,6 +297,24 @@ def test_starting_over_makes_the_queues_anew(method: str) -> None:
     for name, value in fresh.state_dict().items():
         if name.startswith("queue"):
             assert torch.equal(net.state_dict()[name], value), name
+
+
+def test_prototypes_have_length_one_before_every_forward_pass() -> None:
+    net = module("SwAV")
+    want = net.prototypes.weight.detach().clone()
+    net.prototypes.weight.data *= 3
+    net.on_train_batch_start(_batch(), 0)
+    torch.testing.assert_close(net.prototypes.weight.detach(), want)
+
+
+def test_each_large_crop_has_a_queue_of_its_own() -> None:
+    net, batch = module("SwAV", queue_start_epoch=0), _batch()
+    want = F.normalize(net.projector(net.backbone(torch.cat(batch["views"]))), dim=1).detach().chunk(2)
+    net.step(batch).loss_fn(None).backward()
+    assert [len(queue) for queue in net.queues] == [0, 0]
+    net.on_after_backward()
+    for queue, rows in zip(net.queues, want, strict=True):
+        torch.testing.assert_close(queue.get()[0], rows)
 
 
 def test_rows_that_a_filter_drops_never_enter_the_queue(tmp_path: Path) -> None:
