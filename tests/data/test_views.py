@@ -274,6 +274,12 @@ def test_hue_equals_torchvision_on_greys_primaries_and_ties(turn):
     assert torch.allclose(shift_hue(x, torch.full((5,), turn)), TF.adjust_hue(x, turn), atol=3e-6)
 
 
+def test_blur_draws_its_width_from_the_given_range():
+    x = image(4, dtype=torch.float32)
+    got = V.GaussianBlur(5, (1.5, 1.5), p=1.0)(x, V.Draws(KEY, 4, 0))
+    torch.testing.assert_close(got, blur(x, torch.full((4,), 1.5), 5))
+
+
 def test_solarize_inverts_from_its_threshold_on():
     x = torch.tensor([0.24, 0.25, 0.9]).view(1, 1, 1, 3)
     got = V.Solarize(0.25, 1.0)(x, V.Draws(KEY, 1, 0))
