@@ -274,6 +274,21 @@ def test_hue_equals_torchvision_on_greys_primaries_and_ties(turn):
     assert torch.allclose(shift_hue(x, torch.full((5,), turn)), TF.adjust_hue(x, turn), atol=3e-6)
 
 
+def test_crops_reach_the_last_pixel_and_may_have_the_whole_height():
+    attempts, end = [0.0] * 10 + [0.5] * 10, 0.99999
+    quarter = V.RandomResizedCrop(4, (0.25, 0.25), (1.0, 1.0))
+    assert quarter.boxes(8, 8, FixedDraws(1, *attempts, end, end)).tolist() == [[4, 4, 4, 4]]
+    strip = V.RandomResizedCrop(4, (0.5, 0.5), (0.25, 0.25))
+    assert strip.boxes(8, 4, FixedDraws(1, *attempts, 0.0, end)).tolist() == [[0, 2, 8, 2]]
+
+
+def test_an_erased_box_is_cut_to_the_image_side_by_side():
+    x = torch.ones(5, 1, 20, 4)
+    for ratio, area in ((5.0, 14 * 3), (20.0, 20 * 1), (0.05, 1 * 4)):
+        erased = V.RandomErasing(1.0, (0.5, 0.5), (ratio, ratio))(x, V.Draws(KEY, 5, 0)) == 0
+        assert erased.sum((1, 2, 3)).tolist() == [area] * 5
+
+
 def test_blur_draws_its_width_from_the_given_range():
     x = image(4, dtype=torch.float32)
     got = V.GaussianBlur(5, (1.5, 1.5), p=1.0)(x, V.Draws(KEY, 4, 0))
