@@ -282,6 +282,19 @@ def test_crops_reach_the_last_pixel_and_may_have_the_whole_height():
     assert strip.boxes(8, 4, FixedDraws(1, *attempts, 0.0, end)).tolist() == [[0, 2, 8, 2]]
 
 
+def test_a_bicubic_resize_of_bytes_stays_in_their_range():
+    x = 255 * (torch.arange(64).view(1, 1, 8, 8) % 8 > 3).to(torch.uint8)
+    got = V.Resize(13, "bicubic")(x, V.Draws(KEY, 1, 0))
+    assert (got.min(), got.max()) == (0, 1)
+
+
+def test_probabilities_and_widths_reach_the_operations():
+    _, flip, down, _, _, gauss = V.simclr_views(16, flip=0.1, vertical_flip=0.3, blur_sigma=(0.5, 0.6)).views[
+        0
+    ]
+    assert (flip.p, down.p, gauss.sigma) == (0.1, 0.3, (0.5, 0.6))
+
+
 def test_an_erased_box_is_cut_to_the_image_side_by_side():
     x = torch.ones(5, 1, 20, 4)
     for ratio, area in ((5.0, 14 * 3), (20.0, 20 * 1), (0.05, 1 * 4)):
