@@ -50,6 +50,8 @@ def test_without_suggestion_the_old_one_stays():
     ledger.record(torch.tensor([1]), one, one, torch.tensor([5]))
     ledger.record(torch.tensor([1]), one, one)
     assert ledger.suggested.tolist() == [-1, 5]
+    ledger.record(torch.tensor([1]), one, one, torch.tensor([0]))
+    assert ledger.suggested.tolist() == [-1, 0]  # 0 is a label
 
 
 def test_impossible_labels_sort_below_everything():
