@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+# A row that is no longer than this has no direction.
+NO_LENGTH = 1e-12
+
 
 class Loss(nn.Module):
     """Base class of the losses on one batch of embeddings.
@@ -80,7 +83,7 @@ def unit_rows(x: Tensor) -> Tensor:
     """
     x = widen(x)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / length.masked_fill(length <= 1e-12, torch.inf)
+    return x / length.masked_fill(length <= NO_LENGTH, torch.inf)
 
 
 def prepare(embedding: Tensor, label: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

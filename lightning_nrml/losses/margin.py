@@ -126,10 +126,9 @@ def _draw(share: Tensor, number: int, generator: torch.Generator | None) -> Tens
     """``(B, number)`` columns drawn with replacement by the weights ``share (B, M)`` of each row."""
     uniform = torch.rand(len(share), number, generator=generator, dtype=torch.float32).to(share)
     mass = share.cumsum(dim=1)
-    total = mass[:, -1:]
-    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(mass, below, right=True).clamp_(max=share.shape[1] - 1)
-    # A parallel sum may grow by rounding where the weight is 0: go back to the last column that has some.
+    found = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp_(max=share.shape[1] - 1)
+    # The product may round up to the whole mass, and a parallel sum may grow by rounding where the weight is
+    # 0: go back to the last column that has some.
     column = torch.arange(share.shape[1], device=share.device)
     allowed = torch.where(share > 0, column, 0).cummax(dim=1).values
     return allowed.gather(1, found)

@@ -169,6 +169,9 @@ def _complete(
 class _InfoNCE(torch.autograd.Function):
     """Weighted sum of the queries' losses, with the gradient for unit ``q`` made in the forward pass.
 
+    The part of the gradient along ``q``, which mixtures with the query have, is left out: the normalisation
+    that made ``q`` takes it out anyway.
+
     A mixed row is a constant ``h = (c n_i + (1 - c) n_j) / r`` with ``r`` the length of the bracket, so
     ``q.h`` and its gradient are sums of two queue logits and two queue rows: probabilities of synthetic
     negatives are added to those of the queue rows that they are made of, and one product gives the gradient.
@@ -206,14 +209,11 @@ class _InfoNCE(torch.autograd.Function):
         loss = mass.log() + (top - positive) / temperature
 
         if ctx.needs_input_grad[0]:
-            p_query = torch.zeros_like(mass)
             for p, m in zip(p_mixes, mixes, strict=True):
                 p_queue.scatter_add_(1, m.second, p * m.second_share)
-                if m.first is None:
-                    p_query += (p * m.first_share).sum(dim=1, keepdim=True)
-                else:
+                if m.first is not None:
                     p_queue.scatter_add_(1, m.first, p * m.first_share)
-            grad = torch.addmm(p_positive * k + p_query * q, p_queue, queue).div_(mass).sub_(k)
+            grad = torch.addmm(p_positive * k, p_queue, queue).div_(mass).sub_(k)
             ctx.save_for_backward(grad.mul_(w[:, None] / temperature))
         return (w * loss.squeeze(1)).sum()
 

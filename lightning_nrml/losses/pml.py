@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_nrml import distributed
-from lightning_nrml.losses.base import Loss, full_precision, prepare, widen
+from lightning_nrml.losses.base import NO_LENGTH, Loss, full_precision, prepare, widen
 
 # These list one term per proxy or per class, so a term has no sample whose weight could multiply it.
 NO_SAMPLE_TERMS = ("ProxyAnchorLoss", "SmoothAPLoss")
@@ -26,7 +26,7 @@ class PMLLoss(Loss):
     draw the same on all ranks. Rows of weight 0 are removed before the miner and the loss. Fractional
     weights multiply each term (anchor, pair or triplet) that the loss lists by the product of the weights
     of its samples, normalised by the mean of these products: a weighted mean. Inside a term (the negatives
-    of a softmax, say) all kept samples count alike.
+    of a softmax, say) all kept samples count alike. A row of zeros gets no gradient if PML normalises rows.
 
     Losses with parameters (proxies, class weights) train like any module; their maths is in fp32.
 
@@ -106,6 +106,7 @@ class PMLLoss(Loss):
                     "use a filter that keeps or drops, or another loss."
                 )
             with _same_draws(z.device), self._weighted(fraction):
+                z = self._without_dead_rows(z)
                 tuples = None if self.miner is None else self.miner(z, label)
                 loss = self._call("forward", z, label, tuples)
             return loss.squeeze() + nothing
@@ -134,6 +135,13 @@ class PMLLoss(Loss):
     def extra_repr(self) -> str:
         """Shown by ``print``."""
         return repr(self.name)
+
+    def _without_dead_rows(self, z: Tensor) -> Tensor:
+        """A row of zeros passes no gradient back where PML normalises, see :func:`.unit_rows`."""
+        distance: Any = self.pml.distance
+        if not getattr(distance, "normalize_embeddings", True):
+            return z
+        return z.masked_fill(torch.linalg.vector_norm(z, dim=1, keepdim=True) <= NO_LENGTH, 0.0)
 
     def _call(self, method: str, z: Tensor, *args: Any) -> Tensor:
         """Call the PML loss. PML casts parameters to the type of the embedding, for good: never let it."""

@@ -104,17 +104,18 @@ def best_thresholds(prob: Tensor, target: Tensor, default: float = 0.5) -> Tenso
         default: for columns without positives.
 
     Returns:
-        ``(L,)`` float32: the lowest probability that counts as present.
+        ``(L,)`` float32 (float64 for float64 input): the lowest probability that counts as present.
     """
     positive = target.bool()
+    dtype = torch.promote_types(prob.dtype, torch.float32)  # rounded up, a threshold would miss its own row
     if not len(prob):
-        return torch.full(prob.shape[1:], default, dtype=torch.float32, device=prob.device)
+        return torch.full(prob.shape[1:], default, dtype=dtype, device=prob.device)
     score, hits, last = _ranked(prob, positive)
     rank = torch.arange(1, len(prob) + 1, dtype=torch.float64, device=prob.device)[:, None]
     f1 = torch.where(last, 2 * hits / (rank + positive.sum(dim=0)), -1.0)
     # argmax may return any of several equal entries
     first = torch.where(f1 == f1.amax(dim=0), rank, float(len(prob) + 1)).amin(dim=0).long() - 1
-    best = score.gather(0, first[None])[0].float()
+    best = score.gather(0, first[None])[0].to(dtype)
     return torch.where(positive.any(dim=0), best, default)
 
 

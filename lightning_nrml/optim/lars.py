@@ -121,6 +121,6 @@ def _trust(
         size = moving + group["weight_decay"] * weight
     ratio = group["trust_coefficient"] * weight / size
     ratio = torch.where((weight > 0) & (moving > 0), ratio, torch.ones_like(ratio))
-    if group["clip"] and group["lr"] > 0:
+    if group["clip"]:
         ratio = (ratio / group["lr"]).clamp(max=1.0)
     return list(ratio.unbind())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -174,6 +175,10 @@ def test_v2_layout_statistics_and_batches(archive) -> None:
     assert np.array_equal(image[1].numpy(), planes(1, list(S2_SIDES))["B02"].astype(np.float32))
     assert np.array_equal(image[12].numpy(), planes(1001, list(S1_SIDES))["VV"])
     assert np.array_equal(image[13].numpy(), planes(1001, list(S1_SIDES))["VH"])
+    radar = data.splits.test.images.get([0])[0, 12]
+    assert np.array_equal(radar.numpy(), planes(1004, list(S1_SIDES))["VV"]), (
+        "of the same patch in every split"
+    )
     mean, std = data.statistics
     assert (mean[12], std[13]) == (STATISTICS["VV"][0], STATISTICS["VH"][1])
     out = data.apply_views({"image": image[None]}, training=False)["image"]
@@ -276,11 +281,30 @@ def test_what_is_left_out(tmp_path) -> None:
     assert data.train_paths == s2[:6]
     (tmp_path / "patches_with_seasonal_snow.csv").write_text(f"{s2[1]}\nS2A_elsewhere\n")
     (tmp_path / "mine.csv").write_text(s2[4])
+    (tmp_path / "val.csv").write_text(s2[9])  # the last one of the archive
     data = module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["mine.csv"])
     assert data.train_paths == [s2[i] for i in (0, 2, 3, 5)]
+    assert data.splits.val.paths == [s2[9]]
     assert data.train_label.argmax(1).tolist() == [0, 2, 3, 5]
     keep = module(tmp_path, tmp_path / "cache", nomenclature=43, keep_snow_and_cloud=True)
     assert keep.train_paths == s2[:6]
+
+
+def test_a_table_of_v1_has_43_names_and_spares_the_json_files(tmp_path) -> None:
+    s2, _ = v1_names(3)
+    for name in s2:  # without JSON files
+        (tmp_path / "BigEarthNet-v1.0" / name).mkdir(parents=True)
+    labels = [["Rice fields"], ["Airports", "Salines"], ["Sea and ocean"]]
+    pq.write_table(
+        pa.table({"patch_id": s2, "labels": labels, "split": ["train", "train", "test"]}),
+        tmp_path / "metadata.parquet",
+    )
+    data = module(tmp_path, tmp_path / "cache")
+    assert data.version == 1
+    assert [np.flatnonzero(row).tolist() for row in data.train_label] == [[2], [16]]
+    assert data.splits.val is None, "no row says validation"
+    assert np.flatnonzero(data.splits.test.label[0]).tolist() == [18]
+    assert module(tmp_path, tmp_path / "cache", nomenclature=43).train_label[1].sum() == 2
 
 
 def test_v2_snow_cloud_and_countries(tmp_path) -> None:

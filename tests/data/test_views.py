@@ -111,6 +111,11 @@ def test_normal_draws_have_unit_moments():
     assert abs((z**4).mean() - 3) < 0.1
 
 
+def test_a_draw_of_zero_is_finite_and_no_event_of_probability_zero():
+    assert V.Draws.normal(FixedDraws(2, 0.0, 0.0), 1).tolist() == [[0.0], [0.0]]
+    assert not V.Draws.happens(FixedDraws(2, 0.0), 0.0).any()
+
+
 # --- geometry
 
 
@@ -267,6 +272,63 @@ def test_hue_equals_torchvision_on_greys_primaries_and_ties(turn):
     x[2, 1] = x[2, 0]
     x[3, 2] = 0
     assert torch.allclose(shift_hue(x, torch.full((5,), turn)), TF.adjust_hue(x, turn), atol=3e-6)
+
+
+def test_crops_reach_the_last_pixel_and_may_have_the_whole_height():
+    attempts, end = [0.0] * 10 + [0.5] * 10, 0.99999
+    quarter = V.RandomResizedCrop(4, (0.25, 0.25), (1.0, 1.0))
+    assert quarter.boxes(8, 8, FixedDraws(1, *attempts, end, end)).tolist() == [[4, 4, 4, 4]]
+    strip = V.RandomResizedCrop(4, (0.5, 0.5), (0.25, 0.25))
+    assert strip.boxes(8, 4, FixedDraws(1, *attempts, 0.0, end)).tolist() == [[0, 2, 8, 2]]
+
+
+def test_a_bicubic_resize_of_bytes_stays_in_their_range():
+    x = 255 * (torch.arange(64).view(1, 1, 8, 8) % 8 > 3).to(torch.uint8)
+    got = V.Resize(13, "bicubic")(x, V.Draws(KEY, 1, 0))
+    assert (got.min(), got.max()) == (0, 1)
+
+
+def test_probabilities_and_widths_reach_the_operations():
+    _, flip, down, _, _, gauss = V.simclr_views(16, flip=0.1, vertical_flip=0.3, blur_sigma=(0.5, 0.6)).views[
+        0
+    ]
+    assert (flip.p, down.p, gauss.sigma) == (0.1, 0.3, (0.5, 0.6))
+
+
+def test_an_erased_box_is_cut_to_the_image_side_by_side():
+    x = torch.ones(5, 1, 20, 4)
+    for ratio, area in ((5.0, 14 * 3), (20.0, 20 * 1), (0.05, 1 * 4)):
+        erased = V.RandomErasing(1.0, (0.5, 0.5), (ratio, ratio))(x, V.Draws(KEY, 5, 0)) == 0
+        assert erased.sum((1, 2, 3)).tolist() == [area] * 5
+
+
+def test_blur_draws_its_width_from_the_given_range():
+    x = image(4, dtype=torch.float32)
+    got = V.GaussianBlur(5, (1.5, 1.5), p=1.0)(x, V.Draws(KEY, 4, 0))
+    torch.testing.assert_close(got, blur(x, torch.full((4,), 1.5), 5))
+
+
+def test_solarize_inverts_from_its_threshold_on():
+    x = torch.tensor([0.24, 0.25, 0.9]).view(1, 1, 1, 3)
+    got = V.Solarize(0.25, 1.0)(x, V.Draws(KEY, 1, 0))
+    torch.testing.assert_close(got.flatten(), torch.tensor([0.24, 0.75, 0.1]))
+
+
+def test_jitter_draws_from_its_whole_ranges():
+    n = 400
+    grey = torch.full((n, 4, 1, 1), 0.25)
+    bright = V.ColorJitter(brightness=2.0, p=1.0)(grey, V.Draws(KEY, n, 0))
+    assert bright.min() > 0, "a factor of U(0, 3), not U(-1, 3)"
+    assert bright.max() == pytest.approx(0.75, abs=0.01)
+    gain = V.ColorJitter(hue=0.4, p=1.0)(grey, V.Draws(KEY, n, 0)) / 0.25 - 1
+    assert gain.min() == pytest.approx(-0.4, abs=0.01)
+    assert gain.max() == pytest.approx(0.4, abs=0.01)
+    orders: list[torch.Tensor] = []
+    rare = V.ColorJitter(0.1, 0.1, 0.1, 0.1, p=0.3)
+    rare.jitter = lambda part, order, *_: orders.append(order) or part
+    rare(grey, V.Draws(KEY, n, 0))
+    first = torch.cat(orders)[:, 0].bincount(minlength=4) / len(torch.cat(orders))
+    assert (first - 0.25).abs().max() < 0.12, "whether a sample is changed tells nothing about the order"
 
 
 def test_jitter_draws_each_sample_and_each_order():

@@ -72,6 +72,20 @@ def test_the_unit_is_that_of_the_image_not_of_the_batch(name: str) -> None:
         torch.testing.assert_close(got, torch.cat([a, b]), rtol=1e-5, atol=1e-3)
 
 
+def test_values_below_zero_alone_tell_another_unit() -> None:
+    x = raster()[:, 2:3]  # decibels
+    (view,) = V.MetricView(16, crop_scale=None, brightness=0.1)(x, KEY)
+    assert view.max() < -8
+
+
+def test_the_unit_of_an_image_is_known_in_every_part_of_the_batch(monkeypatch) -> None:
+    x = torch.cat([unit(4), raster(4)])
+    make = RECIPES["metric"]()
+    (want,) = make(x, KEY)
+    monkeypatch.setattr(V.base, "_CPU_PIXELS", 3 * 24 * 24)
+    torch.testing.assert_close(make(x, KEY)[0], want)
+
+
 def test_images_in_the_unit_range_are_clipped_although_the_bicubic_crop_passes_it() -> None:
     x = unit()
     (crop,) = V.Views([[V.RandomResizedCrop(12, (0.5, 1.0), interpolation="bicubic")]])(x, KEY)

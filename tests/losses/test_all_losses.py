@@ -102,6 +102,29 @@ def test_dropped_rows_change_nothing_even_if_they_hold_nan_and_unknown_labels(na
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_weights_are_constants_and_nan_or_below_zero_is_dropped(name):
+    loss = make(name)
+    z, label = batch()
+    drop = torch.ones(N)
+    drop[[1, 4]] = 0
+    odd = drop.clone()
+    odd[1], odd[4] = math.nan, -1.0
+    for want, got in zip(run(loss, z, label, drop), run(loss, z, label, odd), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    weight = drop.requires_grad_()
+    run(loss, z, label, weight)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["supcon", "supcon-drop", "softmax", "margin"])  # pairs count w_i w_j
+def test_the_gradient_depends_on_shares_of_weight_only_however_small(name):
+    loss = make(name)
+    z, label = batch()
+    w = torch.linspace(0.1, 1, N)
+    torch.testing.assert_close(run(loss, z, label, 1e-9 * w)[1], run(loss, z, label, w)[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_weight_is_bit_equal_to_weight_one(name):
     loss = make(name)
     z, label = batch()
@@ -170,7 +193,7 @@ def test_a_step_on_the_loss_lowers_it(name):
     assert after < before
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("pml")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kept_row_of_zeros_gets_no_gradient_and_spoils_nobody_elses(name):
     z, label = batch()
     z[0] = 0

@@ -30,6 +30,16 @@ def test_value_and_gradient_are_the_weighted_sum(weight):
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_weight_of_zero_switches_a_part_off_and_an_infinite_one_is_refused():
+    z, y = batch()
+    torch.testing.assert_close(
+        CombinedLoss([ContrastiveLoss(), SupConLoss()], [0, 2])(z, y), 2 * SupConLoss()(z, y)
+    )
+    for bad in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match="numbers of 0 or more"):
+            CombinedLoss([SupConLoss()], [bad])
+
+
 def test_filters_get_what_a_part_has():
     z, y = batch()
     softmax = CosineSoftmaxLoss(3, 8)

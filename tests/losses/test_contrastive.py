@@ -187,6 +187,13 @@ def test_errors_say_what_is_wrong():
 # ---- pairs and samples ----------------------------------------------------------------------------------
 
 
+def test_pair_weights_are_constants():
+    z, label = batch(6)
+    pair_weight = torch.ones(6, 6, requires_grad=True)
+    ContrastiveLoss(0.0)(z.requires_grad_(), label, None, pair_weight).backward()
+    assert pair_weight.grad is None
+
+
 def test_pair_weights_multiply_the_terms():
     z, label = batch(10, seed=4, dtype=torch.float64)
     z.requires_grad_()

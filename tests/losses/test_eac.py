@@ -98,6 +98,15 @@ def test_half_precision_and_double():
         EACLoss()(logits.double(), label, maps.double(), mirrored.double(), head.weight).dtype
         is torch.float64
     )
+    wide = [x.double() for x in (logits, maps, mirrored)]
+    w = torch.full((4,), 1 / 3, dtype=torch.float64)  # rounded to float32 it would not divide out of one row
+    w[0] = 1.0
+    rows = [
+        EACLoss()(*(wide[0][i : i + 1], label[i : i + 1], *(x[i : i + 1] for x in wide[1:])), head.weight)
+        for i in range(4)
+    ]
+    got = EACLoss()(wide[0], label, wide[1], wide[2], head.weight, w)
+    torch.testing.assert_close(got, (torch.stack(rows) * w).sum() / w.sum(), rtol=1e-12, atol=0)
 
 
 def test_errors():

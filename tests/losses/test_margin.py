@@ -143,6 +143,9 @@ def test_the_boundary_learns_from_its_own_class():
     loss = MarginLoss(num_classes=2)
     loss(z, label, triplets=triplets).backward()
     assert loss.beta.grad.tolist() == [-1.0, 0.0]  # a positive outside: the boundary moves out
+    loss.beta.grad = None
+    loss(z, torch.tensor([1, 0, 0]), triplets=triplets).backward()  # triplets as given: the anchor's boundary
+    assert loss.beta.grad.tolist() == [0.0, -1.0]
 
 
 def test_arguments_rebuild_it():

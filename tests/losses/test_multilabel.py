@@ -17,6 +17,7 @@ from lightning_nrml.losses import (
     MultiLabelJoCoRLoss,
     MultiLabelSATLoss,
 )
+from lightning_nrml.losses.multilabel import keep_smallest
 
 N, B, L = 9, 6, 4
 TOL = {"rtol": 1e-5, "atol": 1e-7}
@@ -186,6 +187,13 @@ def test_memory_rules(make):
     twice(z, label, torch.tensor([0, 1, 2, 3, 4, 0]), kept)
     first(z[:5], label[:5], torch.tensor([0, 1, 2, 3, 4]))
     assert torch.equal(twice.target.nan_to_num(9), first.target.nan_to_num(9))
+    # an entry without a finite prediction keeps what it holds
+    broken = z.clone()
+    broken[2, 1] = math.nan
+    old = loss.target[index[2], 1].item()
+    loss(broken, label, index)
+    assert loss.target[index[2], 1].item() == old
+    assert loss.target[index].isfinite().all()
     # a fresh loss takes its size from the checkpoint; another size is refused
     fresh = type(loss)(0, L)
     fresh.load_state_dict(loss.state_dict())
@@ -194,6 +202,9 @@ def test_memory_rules(make):
     with pytest.raises(ValueError, match="remembers 9 samples"):
         fresh.allocate(N + 1)
     assert loss.half().target.dtype is torch.float32
+    moved = type(loss)(0, L).to("meta")
+    moved.allocate(N)
+    assert moved.target.device.type == "meta"
     with pytest.raises(IndexError, match="dataset index 9"):
         loss(z, label, torch.full((B,), N))
 
@@ -230,9 +241,9 @@ def test_dropped_entries_take_no_part_even_if_they_hold_nan(name):
     kept = w > 0
     rows = kept.all(dim=1)
     clean, grad = run(LOSSES[name](), z, label, index, w)
-    bad = z.clone()
-    bad[~kept] = math.nan
-    value, bad_grad = run(LOSSES[name](), bad, label, index, w)
+    bad, unknown = z.clone(), label.double()
+    bad[~kept] = unknown[~kept] = math.nan
+    value, bad_grad = run(LOSSES[name](), bad, unknown, index, w)
     torch.testing.assert_close(value, clean)
     torch.testing.assert_close(bad_grad, grad)
     assert (bad_grad[~kept] == 0).all()
@@ -298,6 +309,12 @@ def test_asl_takes_its_exponents_as_they_are(default):
     assert got.item() == pytest.approx(want, rel=1e-12)
 
 
+def test_asl_of_a_certain_wrong_answer_is_finite():
+    value, grad = run(MultiLabelASLLoss(), torch.tensor([[-200.0]]), torch.ones(1, 1))
+    assert value.item() == pytest.approx(-math.log(1e-8))
+    assert grad.isfinite().all()
+
+
 def test_asl_equals_timm():
     z, label, _ = batch()
     z = z.float()  # timm knows no other type
@@ -353,6 +370,30 @@ def test_jocor_ranks_samples_by_the_weighted_mean_of_their_entries():
     assert kept.all(dim=1).nonzero().flatten().tolist() == sorted(chosen.tolist())
     mass = w.sum(dim=1)[chosen]
     torch.testing.assert_close(loss, (cost[chosen] * mass).sum() / mass.sum(), **TOL)
+
+
+def test_jocor_chooses_samples_by_mean_and_not_by_sum():
+    z = torch.tensor([[-4.0, 0, 0, 0], [-3, -3, -3, -3]])  # present labels: the further below 0, the dearer
+    w = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    _, kept = MultiLabelJoCoRLoss(forget_rate=0.5).terms(z, z, torch.ones(2, 4), w)
+    assert kept.tolist() == [[False] * 4, [True] * 4], "a mean of 7.2 against 5.5, a sum of 7.2 against 22"
+    _, kept = MultiLabelJoCoRLoss(forget_rate=0.0).terms(z, z, torch.ones(2, 4), w)
+    assert torch.equal(kept, w > 0), "what has weight 0 is not kept"
+
+
+def test_jocor_takes_its_share_of_the_entries_that_have_weight():
+    z = torch.tensor([[-3.0, -2.0, 5.0, 5.0]])
+    w = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    _, kept = MultiLabelJoCoRLoss(forget_rate=0.5, choose="entry").terms(z, z, torch.ones(1, 4), w)
+    assert kept.tolist() == [[False, True, False, False]]
+
+
+def test_keep_smallest_counts_exactly_and_never_keeps_what_may_not_be_chosen():
+    value, every = torch.arange(20.0), torch.ones(20, dtype=torch.bool)
+    assert keep_smallest(value, every, 1 - 0.9).sum() == 2, "of 1.9999999999999996"
+    assert keep_smallest(value[:10], every[:10], 0.1 + 0.2, upwards=True).sum() == 3, "of 3.0000000000000004"
+    assert keep_smallest(value[:10], every[:10], 0.31, upwards=True).sum() == 4
+    assert not keep_smallest(value, ~every, 0.5).any()
 
 
 def test_jocor_laws():

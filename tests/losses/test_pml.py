@@ -167,6 +167,14 @@ def test_parts_by_name_as_yaml_gives_them():
     assert loss(embedding(), LABEL, torch.linspace(0, 1, 12)).isfinite()
 
 
+def test_arguments_rebuild_it():
+    loss = PMLLoss("ArcFaceLoss", "MultiSimilarityMiner", {"epsilon": 0.3}, {"margin": 20}, 4, 8, scale=32)
+    other = PMLLoss(**loss.arguments())
+    other.load_state_dict(loss.state_dict())
+    assert (other.pml.margin, other.pml.scale, other.miner.epsilon) == (loss.pml.margin, 32, 0.3)
+    assert torch.equal(other(embedding(), LABEL), loss(embedding(), LABEL))
+
+
 def test_logits_where_the_loss_has_them():
     loss = make("ArcFaceLoss")
     z = embedding().bfloat16()
@@ -206,7 +214,14 @@ def test_errors_name_the_nearest():
         PMLLoss("CrossBatchMemory")
 
 
-@pytest.mark.parametrize("reducer", [{"name": "ThresholdReducer", "low": 0.3}, {"name": "AvgNonZeroReducer"}])
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        {"name": "ThresholdReducer", "low": 0.3},
+        {"name": "ThresholdReducer", "low": 0.3, "high": 0.6},
+        {"name": "AvgNonZeroReducer"},
+    ],
+)
 def test_thresholds_are_of_the_terms_not_of_the_weighted_ones(reducer):
     """So that the loss has no jump where a weight goes to 0."""
     ours, z = make("ContrastiveLoss", reducer=reducer), embedding()

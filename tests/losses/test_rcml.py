@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrml.losses import RCMLLoss
-from lightning_nrml.losses.rcml import flip_suspects, group_lasso, keep_rate, mmd
+from lightning_nrml.losses.rcml import GroupLasso, flip_suspects, group_lasso, keep_rate, mmd
 
 B, L = 8, 4
 
@@ -191,6 +191,7 @@ def test_keep_rates_of_the_authors():
     assert up[:2] == [0.6, 0.62]
     assert up[17:] == [0.94, 1.0, 1.0]
     assert {keep_rate(e, 100, 0.6, 0.6) for e in range(100)} == {0.6}
+    assert keep_rate(0, 10, 0.29, 0.29) == 0.29  # 100 * .29 = 28.999999999999996
 
 
 def test_bad_arguments_are_named():
@@ -223,6 +224,37 @@ def test_flipping_equals_a_loop(rate: float) -> None:
     assert int(parts["flipped"]) == int((want != label).sum())
     plain = RCMLLoss(disparity_weight=0.0).terms(z1, z2, want, keep_rate=1.0)
     assert float(parts["loss"]) == pytest.approx(float(plain["loss"]))
+
+
+def test_flipping_goes_by_both_networks() -> None:
+    def net(*prob: list[float]) -> GroupLasso:
+        return group_lasso(torch.tensor(prob), label)
+
+    label = torch.tensor([[0, 1], [0, 1]])
+    first = net([0.9, 0.1], [0.8, 0.1])  # alone it would turn the first sample
+    second = net([0.6, 0.4], [0.9, 0.0])
+    assert first.suspect.tolist() == second.suspect.tolist() == [1, 1]
+    assert flip_suspects(first, second, label, 0.5).tolist() == [[0, 1], [0, 0]]
+    content = net([0.0, 0.9], [0.0, 0.9])  # finds nothing wrong, and so does not agree
+    column = content.suspect.unsqueeze(1)
+    assert torch.maximum(content.missing, content.extra).gather(1, column).max() < 2e-5
+    for order in ((first, content), (content, first)):
+        nets = [GroupLasso(n.error, n.missing, n.extra, torch.ones_like(n.suspect)) for n in order]
+        assert torch.equal(flip_suspects(*nets, label, 1.0), label)
+
+
+def test_labels_of_weight_zero_do_not_count_in_the_ranking() -> None:
+    loss = RCMLLoss(disparity_weight=0.0, consistency_weight=0.0)
+    for seed in range(5):
+        z1, z2, label, *_ = batch(seed)
+        weight = torch.ones(B, L)
+        weight[:, 2] = 0.0
+        label[1, 2] = 1
+        rest = torch.tensor([0, 1, 3])
+        got = loss.terms(z1, z2, label, keep_rate=0.5, weight=weight)
+        want = loss.terms(z1[:, rest], z2[:, rest], label[:, rest], keep_rate=0.5)
+        assert torch.equal(got["kept_1"], want["kept_1"])
+        assert torch.equal(got["kept_2"], want["kept_2"])
 
 
 def test_labels_of_weight_zero_are_never_turned() -> None:

@@ -34,6 +34,7 @@ def test_sample_with_only_bad_rows_keeps_the_older_feature():
     bank.write(torch.tensor([0, 0]), torch.tensor([[math.inf], [math.nan]]), 4)
     assert bank.embedding.tolist() == [[3.0], [0.0]]
     assert bank.epoch_seen.tolist() == [0, -1]
+    assert bank.filled.tolist() == [True, False]
 
 
 def test_half_precision_is_widened_and_gradient_dropped():

@@ -65,6 +65,8 @@ def test_impossible_labels_stay_finite_and_lowest():
     assert ledger.label_mean_score().isfinite().all()
     assert ledger.label_last_score[0, 0] == ledger.label_last_score[1, 1] == -65504
     assert ledger.label_last_score[1, 0] == -5
+    ledger.record(torch.arange(2), torch.ones(2, 2), score)
+    assert ledger.label_mean_score()[0, 0] == -65504, "also after several visits"
 
 
 def test_size_is_what_is_promised():

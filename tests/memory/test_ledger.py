@@ -50,6 +50,8 @@ def test_without_suggestion_the_old_one_stays():
     ledger.record(torch.tensor([1]), one, one, torch.tensor([5]))
     ledger.record(torch.tensor([1]), one, one)
     assert ledger.suggested.tolist() == [-1, 5]
+    ledger.record(torch.tensor([1]), one, one, torch.tensor([0]))
+    assert ledger.suggested.tolist() == [-1, 0]  # 0 is a label
 
 
 def test_impossible_labels_sort_below_everything():
@@ -66,6 +68,32 @@ def test_multi_label_rows_count_as_dropped_only_without_any_label():
     assert ledger.dropped.tolist() == [0, 1, 0]
     assert ledger.score_count.tolist() == [1, 0, 1]
     assert ledger.last_score[[0, 2]].tolist() == [-2.0, -2.0]
+
+
+def test_kept_unless_most_batches_or_the_whole_set_decision_dropped_it():
+    ledger = SampleLedger(5)
+    for dropped in ([1, 2, 3], [2, 3], [3]):
+        ledger.record(
+            torch.arange(1, 4),
+            (~torch.isin(torch.arange(1, 4), torch.tensor(dropped))).float(),
+            torch.zeros(3),
+        )
+    ledger.record(torch.tensor([1, 2]), torch.ones(2), torch.zeros(2))
+    assert ledger.dropped.tolist() == [0, 1, 2, 3, 0]
+    assert ledger.seen.tolist() == [0, 4, 4, 3, 0]
+    ledger.keep[4] = False
+    assert ledger.kept().tolist() == [True, True, True, False, False]  # half of the batches are not most
+
+
+def test_a_correction_can_be_taken_back():
+    ledger = SampleLedger(3)
+    with pytest.raises(RuntimeError, match="allow_corrections"):
+        ledger.correct(torch.tensor([0]), torch.tensor([1]))
+    ledger.allow_corrections()
+    ledger.correct(torch.tensor([0, 2]), torch.tensor([4, 0]))
+    assert ledger.corrected.tolist() == [4, -1, 0]
+    ledger.correct(torch.tensor([0, 2]), torch.tensor([-1, 1]))
+    assert ledger.corrected.tolist() == [-1, -1, 1]
 
 
 def test_columns_are_a_snapshot_of_every_sample():

@@ -41,6 +41,22 @@ def test_relative_threshold_and_always_keep() -> None:
     assert kept.tolist() == [[True, True, False]] * 2
 
 
+def test_a_similarity_at_a_threshold_reaches_it() -> None:
+    """1/2 and 3/4 are exact in binary."""
+    assert keep_neighbours(at(1, 0.5)[None], MiningConfig(in_batch=0.5)).tolist() == [[True]]
+    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.75**0.5]])
+    for how in ({"pick": 1}, {"pick": 0, "pick_score": 0.5}):
+        assert walk(MiningConfig(hit=0.5, rounds=1, **how), other, one) == [0]
+    bank = torch.cat([one, other, other, -one])
+    near, close = torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.75, 0.5, 0.25]]])
+    config = MiningConfig(positive=0.75, negative=0.5, hit=0.9, rounds=0)  # candidates exist, none is taken
+    kept, every = torch.ones(1, 1, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    rows, label = mine(
+        torch.tensor([[0]]), kept, one[None], near, close, bank, every, config, 9, True, generator()
+    )
+    assert dict(zip(rows.tolist(), label.tolist(), strict=True)) == {1: 1, 3: 2}  # 2 is a candidate: neither
+
+
 def test_everything_similar_leaves_the_labels_of_the_base_stage() -> None:
     kept = keep_neighbours(at(1, 0.9, 0.8, 0.7).expand(3, 4, 2), MiningConfig())
     assert torch.equal(group_labels(kept), torch.arange(1, 4)[:, None].expand(3, 4))
@@ -278,6 +294,7 @@ def test_a_pool_is_replaced_as_a_whole_and_drops_what_is_not_finite() -> None:
     near, similarity = pool.of(torch.tensor([[4, 2]]))
     assert near.dtype is torch.int64
     assert similarity.tolist() == [[[0.5, -math.inf, -math.inf]] * 2]
+    assert pool.of(torch.tensor([0]))[1].tolist() == [[-math.inf] * 3]
     assert int(pool.epoch) == 7
     with pytest.raises(ValueError, match="CandidatePool holds 3 neighbours, got 4"):
         pool.fill(torch.tensor([0]), torch.zeros(1, 4, dtype=torch.int64), torch.rand(1, 4), 0)

@@ -85,6 +85,12 @@ def test_nothing_kept_changes_nothing(way):
         assert torch.equal(value, before[name]), name
 
 
+def test_a_small_weight_keeps_a_row(way):
+    queue = FeatureQueue(4, 1)
+    queue.enqueue(torch.arange(3.0)[:, None], torch.arange(3), keep=torch.tensor([0.3, 0.0, math.nan]))
+    assert queue.get()[1].tolist() == [0]
+
+
 def test_without_labels_and_index(way):
     queue = FeatureQueue(3, 2, with_label=False)
     queue.enqueue(torch.ones(2, 2, dtype=torch.bfloat16))
@@ -123,7 +129,8 @@ def test_loading_a_part_filled_queue_into_a_full_one_shortens_it():
 
 def test_reset_empties():
     queue = FeatureQueue(3, 1)
-    queue.enqueue(torch.ones(5, 1), torch.arange(5), torch.arange(5))
+    for rows in (5, 1):  # leaves the pointer between the ends
+        queue.enqueue(torch.ones(rows, 1), torch.arange(rows), torch.arange(rows))
     assert len(queue) == 3
     queue.reset()
     for name, value in FeatureQueue(3, 1).state_dict().items():

@@ -25,6 +25,9 @@ def test_ties_go_to_the_lower_class_and_minus_infinity_is_no_answer():
     metric.update(torch.zeros(3, 3), torch.tensor([0, 1, 2]))
     assert metric.compute() == pytest.approx({"top1": 1 / 3, "top2": 2 / 3})
     metric.reset()
+    metric.update(torch.zeros(1, 3), torch.tensor([0]))
+    assert metric.compute() == {"top1": 1, "top2": 1}
+    metric.reset()
     metric.update(torch.tensor([[0.0, -torch.inf, -torch.inf]]), torch.tensor([1]))
     assert metric.compute() == {"top1": 0, "top2": 0}
 

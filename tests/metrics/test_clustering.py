@@ -36,6 +36,14 @@ def test_the_seed_decides():
     assert len({nmi_ami(embedding, label, seed=s)["nmi"] for s in range(4)}) > 1
 
 
+def test_k_means_goes_on_for_its_iterations():
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(300) % 30
+    embedding = torch.randn(30, 8, generator=g)[label] + 0.3 * torch.randn(300, 8, generator=g)
+    early, late = (sum(nmi_ami(embedding, label, s, n)["nmi"] for s in range(4)) for n in (1, 20))
+    assert late > early
+
+
 def test_shapes_must_fit():
     with pytest.raises(ValueError, match=r"got \(3, 2\) and \(4,\)"):
         nmi_ami(torch.ones(3, 2), torch.arange(4))

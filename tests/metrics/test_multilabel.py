@@ -77,6 +77,14 @@ def test_macro_ignores_shifts_between_classes_and_micro_does_not():
     assert two["calibration_gap"] < one["calibration_gap"]
 
 
+def test_gaps_of_classes_cancel_in_the_mean_and_not_in_its_size():
+    got = multilabel_metrics(
+        torch.tensor([[0.75, 0.25]]).repeat(4, 1), torch.tensor([[1, 0], [0, 1]]).repeat(2, 1)
+    )
+    assert got["calibration"].tolist() == [0.25, -0.25]
+    assert (got["calibration_gap"], got["calibration_gap_abs"]) == (0, 0.25)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_best_thresholds_beat_every_other_one(ties):
     prob, target = data(ties=ties)
@@ -94,6 +102,20 @@ def test_best_thresholds_beat_every_other_one(ties):
     assert best_thresholds(prob, target, 0.35)[1] == pytest.approx(0.35)
 
 
+def test_of_equally_good_thresholds_the_highest_is_best():
+    prob, target = torch.tensor([[0.9], [0.8], [0.7], [0.6]]), torch.tensor([[1], [0], [0], [1]])
+    assert best_thresholds(prob, target).item() == pytest.approx(0.9)  # F1 = 2/3 there and at .6
+
+
+def test_best_thresholds_of_wide_probabilities_reach_their_own_rows():
+    prob = torch.tensor([[0.1], [0.7]], dtype=torch.float64)  # 0.1 becomes larger in float32
+    target = torch.ones(2, 1)
+    assert best_thresholds(prob, target).item() == 0.1
+    tuned = multilabel_metrics(prob, target, class_threshold=best_thresholds(prob, target))
+    assert tuned["f1_macro_tuned"] == 1
+    assert best_thresholds(prob.half(), target).dtype is torch.float32
+
+
 def test_streaming_in_any_batches_and_without_repeats():
     prob, target = data()
     want = multilabel_metrics(prob, target)
@@ -106,6 +128,9 @@ def test_streaming_in_any_batches_and_without_repeats():
         assert got[key] == pytest.approx(want[key], abs=1e-9), key
     torch.testing.assert_close(got["ap"], want["ap"])
     torch.testing.assert_close(got["best_threshold"], best_thresholds(prob, target))
+    nobody = MultiLabelMetrics(1, threshold=0.35)
+    nobody.update(torch.ones(2, 1), torch.zeros(2, 1))
+    assert nobody.compute()["best_threshold"].item() == pytest.approx(0.35)
     metric.reset()
     metric.update(prob.half(), target.bool())
     assert metric.compute()["map_macro"] == pytest.approx(want["map_macro"], abs=0.02)

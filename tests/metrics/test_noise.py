@@ -50,6 +50,14 @@ def test_a_score_that_tells_nothing_finds_wrong_labels_as_often_as_they_are():
     assert filter_quality(keep, noise, -noise.float())["average_precision"] == 1.0
 
 
+def test_sd_is_that_of_delong_by_hand():
+    """Clean .9 .5 .2 against noisy .4 .1: shares of wins 1, 1, 1/2 of the clean and 2/3, 1 of the noisy."""
+    noise = torch.tensor([False, False, False, True, True])
+    got = filter_quality(~noise, noise, torch.tensor([0.9, 0.5, 0.2, 0.4, 0.1]))
+    assert got["auroc"] == pytest.approx(5 / 6)
+    assert got["auroc_sd"] == pytest.approx(math.sqrt((1 / 12) / 3 + (1 / 18) / 2))
+
+
 def test_sd_matches_the_spread_over_draws():
     values = [filter_quality(*draw(n=300, seed=s)) for s in range(300)]
     spread = np.std([v["auroc"] for v in values])

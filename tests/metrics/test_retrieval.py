@@ -150,6 +150,9 @@ def test_large_ids_do_not_merge():
     assert small["recall@1"] == 0
     assert_same(retrieval_metrics(embedding, label + 2**24), small)
     assert_same(retrieval_metrics(embedding, label - 2**40), small)
+    metric = RetrievalMetrics()
+    metric.update(embedding, label + 2**24)
+    assert_same(metric.compute(), small)
 
 
 def test_invariant_to_order_length_and_label_names():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import state_of, trainer
 from lightning.pytorch.callbacks import Callback
-from ssl_runs import PooledNet, digits, module
+from ssl_runs import METHODS, PooledNet, digits, module
 from torch.nn import functional as F
 
 from lightning_nrml.callbacks import KnownClean
@@ -125,6 +125,14 @@ def test_queue_holds_the_newest_keys_in_order() -> None:
     assert net.queue.index.roll(-16, 0).tolist() == list(range(16, 36))
 
 
+def test_queries_have_batch_statistics_of_their_own_split() -> None:
+    net, batch = module("MoCo", bn_splits=3), _batch()
+    view = batch["views"][0]
+    want = torch.cat([net.backbone(part) for part in view.chunk(3)])
+    torch.testing.assert_close(net.step(batch).embedding, want)
+    assert not torch.allclose(net.backbone(view), want)
+
+
 def test_keys_come_back_in_order_and_are_shuffled_over_the_splits() -> None:
     net, view = module("MoCo", bn_splits=3), _batch()["views"][1]
     plain = torch.cat([net.teacher(v) for v in view.chunk(3)])
@@ -144,6 +152,8 @@ def test_mochi_is_moco_until_the_warm_up_is_over(tmp_path: Path) -> None:
     loss = plain.step(batch).loss_fn(None)
     assert torch.equal(mixed.step(batch).loss_fn(None), loss)
     assert float(later.step(batch).loss_fn(None).detach()) > float(loss.detach())
+    mixed = module("MoCHi", num_hard=21, num_mixed=8, num_query_mixed=4).mixed_loss
+    assert (mixed.num_hard, mixed.num_mixed, mixed.num_query_mixed) == (21, 8, 4)
     with pytest.raises(ValueError, match="num_hard is 101, more than the 100 keys"):
         module("MoCHi", num_hard=101)
 
@@ -261,6 +271,50 @@ def test_prototypes_are_frozen_then_learn_and_start_each_step_with_length_one(tm
         torch.testing.assert_close(w.norm(dim=1), torch.ones(20))
     assert (weight[4] - weight[3]).abs().max() > 1e-4
     assert [int(s["queues.0.count"]) for s in states] == [0, 0, 0, 0, 64, 64, 64]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_weight_zero_count_in_no_loss(method: str) -> None:
+    batch = _batch(sizes=(8, 8, 8) if method == "SwAV" else (8, 8))
+    losses = []
+    for weight in (None, torch.ones(12), (torch.arange(12) < 5).float(), torch.zeros(12)):
+        torch.manual_seed(1)
+        found = module(method).step(batch).loss_fn(weight)
+        losses.append(float((found["loss"] if isinstance(found, dict) else found).detach()))
+    every, ones, some, none = losses
+    assert every == pytest.approx(ones, rel=1e-6)
+    assert some != pytest.approx(every, rel=1e-3)
+    assert none == 0
+
+
+@pytest.mark.parametrize("method", ["MoCo", "SwAV"])
+def test_starting_over_makes_the_queues_anew(method: str) -> None:
+    net, fresh = module(method), module(method)
+    queues = [net.queue] if method == "MoCo" else list(net.queues)
+    for queue in queues:
+        queue.enqueue(torch.ones(7, 16))
+    net.start_over()
+    for name, value in fresh.state_dict().items():
+        if name.startswith("queue"):
+            assert torch.equal(net.state_dict()[name], value), name
+
+
+def test_prototypes_have_length_one_before_every_forward_pass() -> None:
+    net = module("SwAV")
+    want = net.prototypes.weight.detach().clone()
+    net.prototypes.weight.data *= 3
+    net.on_train_batch_start(_batch(), 0)
+    torch.testing.assert_close(net.prototypes.weight.detach(), want)
+
+
+def test_each_large_crop_has_a_queue_of_its_own() -> None:
+    net, batch = module("SwAV", queue_start_epoch=0), _batch()
+    want = F.normalize(net.projector(net.backbone(torch.cat(batch["views"]))), dim=1).detach().chunk(2)
+    net.step(batch).loss_fn(None).backward()
+    assert [len(queue) for queue in net.queues] == [0, 0]
+    net.on_after_backward()
+    for queue, rows in zip(net.queues, want, strict=True):
+        torch.testing.assert_close(queue.get()[0], rows)
 
 
 def test_rows_that_a_filter_drops_never_enter_the_queue(tmp_path: Path) -> None:

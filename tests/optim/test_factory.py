@@ -28,6 +28,19 @@ def test_biases_and_norms_are_not_decayed_and_loss_has_its_own_rate() -> None:
     ]
 
 
+def test_a_loss_rate_of_zero_rests_the_loss_and_none_is_the_common_rate() -> None:
+    proxies = nn.Parameter(torch.zeros(5, 2))
+    for given, rate in ((0.0, 0.0), (None, 0.1)):
+        groups = create_optimizer(OptimizerConfig(lr=0.1, loss_lr=given), _net(), [proxies]).param_groups
+        assert groups[-1]["lr"] == rate
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_momentum_is_handed_on(name: str) -> None:
+    groups = create_optimizer(OptimizerConfig(name, momentum=0.3), _net()).param_groups
+    assert {g["momentum"] for g in groups} == {0.3}
+
+
 def test_decay_all_and_frozen_parameters() -> None:
     net = _net()
     net[0].weight.requires_grad_(False)
@@ -80,6 +93,7 @@ def test_warm_up_then_cosine_to_zero() -> None:
 def test_share_of_steps_constant_and_floor() -> None:
     assert _curve(ScheduleConfig("constant", 0.25), 8)[2:] == pytest.approx([2.0] * 7)
     assert _curve(ScheduleConfig("cosine", 0, min_lr_ratio=0.1), 10)[-1] == pytest.approx(0.2)
+    assert _curve(ScheduleConfig("constant", 1), 8)[:2] == pytest.approx([1.0, 2.0])  # one step, not all
 
 
 def test_warm_up_longer_than_the_run_is_refused() -> None:

@@ -87,6 +87,40 @@ def test_zero_weights_and_missing_gradients() -> None:
     assert torch.equal(absent.detach(), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize(("trust", "step"), [("joint", 1e-3), ("separate", 0.1)])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_gradient_of_zeros_leaves_the_weight_decay_alone_at_work(trust, step, clip) -> None:
+    """Joint: u = decay w, so t u = eta w; separate: t = 1, so t u = decay w. Nothing without a decay."""
+    for decay, shrink in ((0.0, 1.0), (0.1, 1 - step)):
+        p = nn.Parameter(torch.tensor([3.0, 4.0]))
+        p.grad = torch.zeros(2)
+        LARS([p], lr=1.0, weight_decay=decay, trust=trust, clip=clip).step()
+        torch.testing.assert_close(p.detach(), shrink * torch.tensor([3.0, 4.0]))
+
+
+def test_clipped_trust_at_a_rate_of_zero_is_one() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 5.0)
+    optimizer = LARS([p], lr=0.0, clip=True)
+    optimizer.step()
+    assert p.tolist() == [1, 1]
+    assert optimizer.state[p]["momentum_buffer"].tolist() == [5, 5]
+
+
+def test_a_closure_is_run_and_its_loss_returned() -> None:
+    p = nn.Parameter(torch.ones(1))
+
+    def closure() -> float:
+        loss = (2 * p).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer = LARS([p], lr=0.1, momentum=0.0, adapt=False)
+    assert optimizer.step(closure) == 2.0
+    assert p.item() == pytest.approx(0.8)
+    assert optimizer.step() is None
+
+
 def test_bad_settings_are_refused() -> None:
     p = [nn.Parameter(torch.ones(1))]
     with pytest.raises(ValueError, match="trust must be 'joint' or 'separate', got 'both'"):
