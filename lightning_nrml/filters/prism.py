@@ -313,17 +313,8 @@ class PRISM(NoiseFilter, CenterMemory):
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """``scores.argmax(dim=1)`` by way of 16 window maxima: on a CPU 4 times faster for wide rows.
+    """``scores.argmax(dim=1)``; on a CPU by NumPy, which unlike torch has vector instructions for it.
 
-    Unlike ``argmax``, ``amax`` uses vector instructions there. Ties go to the smallest column.
+    Ties go to the smallest column.
     """
-    columns = scores.shape[1]
-    if columns < 2048:
-        return scores.argmax(dim=1)
-    width = -(-columns // 17)
-    width += (columns - width) % 16  # so that 17 windows, some overlapping, end with the last column
-    step = (columns - width) // 16
-    windows = scores.unfold(1, width, step)
-    best = windows.amax(dim=2).argmax(dim=1)
-    row = torch.arange(len(scores), device=scores.device)
-    return windows[row, best].argmax(dim=1).add_(best, alpha=step)
+    return torch.from_numpy(scores.numpy().argmax(axis=1)) if scores.is_cpu else scores.argmax(dim=1)

@@ -154,11 +154,13 @@ class CenterMemory(ClassSums):
 
     def _write(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
         """Ring write of the kept ones of at most ``M`` rows."""
+        kept: Tensor | int
         if keep.is_cpu:  # the shapes may depend on values
             order = keep.nonzero().squeeze(1)
+            kept = len(order)
         else:  # fixed shapes: dropped rows come last and rewrite what is there already
             order = keep.byte().argsort(stable=True, descending=True)
-        kept = keep.sum()
+            kept = keep.sum()
         place = torch.arange(len(order), device=order.device)
         slot = place.add(self.pointer).remainder_(self.memory_size)
         new = on_grid(rows.index_select(0, order))

@@ -547,7 +547,8 @@ def test_vmf_does_not_saturate_in_high_dimensions():
     assert auroc(score, wrong) > 0.999
     # what the plain posterior would have lost: most clean rows have P_clean = 1 in float32
     assert (score.exp()[~wrong] == 1).float().mean() > 0.9
-    assert len(score[wrong].unique()) > 0.999 * int(wrong.sum())
+    # float32 by itself makes one to three pairs of so many values within 300 nats equal
+    assert len(score[wrong].unique()) > 0.99 * int(wrong.sum())
     # a noise rate far too high puts the threshold among rows that only float64 can tell apart
     too_high = PRISM(98, 512, 0.7, window=1, similarity="vmf")
     for name in ("centers", "filled"):
@@ -649,13 +650,15 @@ def test_select_suggests_what_suggest_says_before_the_batch_is_remembered(simila
     assert (got == clean[200:])[sure].float().mean() > 0.97
 
 
-@pytest.mark.parametrize("columns", [1, 5, 2047, 2048, 2049, 2063, 2064, 11_000, 11_316])
-def test_best_class_by_windows_is_the_argmax(columns):
-    scores = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 5, 11_316])
+def test_best_class_is_the_first_of_the_highest_scores(columns, dtype):
+    scores = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
     scores[torch.arange(20), torch.linspace(0, columns - 1, 20).long()] = 9.0  # both ends, too
     assert torch.equal(_argmax(scores), scores.argmax(dim=1))
     scores[:] = 1.0  # ties
-    assert (_argmax(scores) == 0).all()
+    assert torch.equal(_argmax(scores), torch.zeros(40, dtype=torch.int64))
+    assert _argmax(scores[:0]).shape == (0,)
 
 
 def test_update_after_select_equals_update_alone_and_lets_the_batch_go():
