@@ -32,10 +32,15 @@ SETTINGS = {
 }
 #: class -> methods of the CSV whose runs measure it, and what tells them apart
 MEASURED = {
-    "PRISM": {"prism_avg": "avg", "prism_vmf": "vmf", "prism_vmf_shared": "vmf, one kappa"},
+    "PRISM": {
+        "prism_avg": "avg",
+        "prism_vmf": "vmf",
+        "prism_vmf_shared": "vmf, one kappa",
+        "shuffled_combined_prism": "avg, with cross-entropy, shuffled batches",
+    },
     "Consensus": {
         "consensus": "with 0.3 cross-entropy",
-        "shuffled_consensus_softmax": "on cross-entropy, shuffled",
+        "shuffled_consensus": "with cross-entropy, shuffled batches",
     },
     "BARE": {"bare": "on cross-entropy"},
     "SmallLoss": {"small_loss": "on cross-entropy", "shuffled_small_loss": "the same, shuffled"},
