@@ -200,9 +200,19 @@ def test_readme_output_is_what_the_quickstart_gives(tmp_path: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" not in target and not target.startswith("#"):
-            file = page.parent / target.split("#")[0]
-            assert file.exists(), f"{name(page)} links to {target}"
+        if "://" in target:
+            continue
+        where, _, anchor = target.partition("#")
+        file = page.parent / where if where else page
+        assert file.exists(), f"{name(page)} links to {target}"
+        assert not anchor or anchor in headings(file), f"{name(page)} links to {target}"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page as GitHub and the site make them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    kept = (re.sub(r"[^\w\- ]", "", h).strip().lower() for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {heading.replace(" ", "-") for heading in kept}
 
 
 def test_site_navigation_names_every_page() -> None:

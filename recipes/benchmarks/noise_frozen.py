@@ -62,7 +62,7 @@ def judge_run(folder: Path) -> dict[str, dict[str, float]]:
 def judge(
     embedding: np.ndarray, label: np.ndarray, clean: np.ndarray, num_classes: int
 ) -> dict[str, dict[str, float]]:
-    """Precision and recall of the kept set, AUROC and average precision, by scorer.
+    """Precision and recall of the kept set, AUROC, average precision and the noise rate found, by scorer.
 
     Args:
         embedding: ``(N, D)``. label, clean: ``(N,)`` given and true labels, the latter for measuring only.
@@ -83,6 +83,7 @@ def judge(
     keep, scores_of, facts = confident_learning(embedding, label)
     for name, score in scores_of.items():
         found[name] = {**filter_quality(torch.from_numpy(keep), is_noise, torch.from_numpy(score)), **facts}
+        found[name]["noise_rate"] = float((~keep).mean())
     return found
 
 

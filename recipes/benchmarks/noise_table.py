@@ -28,6 +28,7 @@ from noise_settings import (
     USUAL,
     Setting,
     command,
+    prepare,
     recipe,
     settings,
 )
@@ -45,34 +46,42 @@ from runner import (
 
 COLUMNS = ("val/recall@1", "val/map@r", "noise/precision", "noise/recall", "noise/auroc")
 QUALITY = ("precision", "recall", "auroc", "average_precision")
+#: share of wrong labels: what there is, and what a detector that is not told finds
+RATES = ("wrong", "noise_rate")
 #: noise that costs less than this leaves no gap to close
 MIN_GAP = 0.02
-#: of the overviews: what is measured, then method or detector and what its column is called
-OVERVIEWS = {
-    "noise overview": (
-        "val/recall@1",
-        {
-            "none": "no filter",
-            "prism_vmf_shared": "PRISM, told the rate",
-            "consensus": "Consensus, told nothing",
-            "known_clean": "known clean",
-            "cross_entropy": "CE, no filter",
-            "shuffled_cross_entropy": "CE shuffled, no filter",
-            "shuffled_consensus": "both losses shuffled, Consensus",
-            "shuffled_combined_known_clean": "both losses shuffled, known clean",
-        },
-    ),
-    "detection overview": (
-        "auroc",
-        {
-            "prism_vmf_shared": "PRISM, told the rate",
-            "small_loss": "small loss, told the rate",
-            "consensus": "Consensus, told nothing",
-            "shuffled_consensus": "both losses shuffled, Consensus",
-            "cleanlab": "cleanlab",
-            "audit": "`nrml audit`",
-        },
-    ),
+#: of the overviews: what a column is called, then the method or detector and what is measured
+OVERVIEWS: dict[str, dict[str, tuple[str, str]]] = {
+    "noise overview": {
+        title: (method, "val/recall@1")
+        for title, method in {
+            "no filter": "none",
+            "PRISM, told the rate": "prism_vmf_shared",
+            "Consensus, told nothing": "consensus",
+            "known clean": "known_clean",
+            "CE, no filter": "cross_entropy",
+            "CE shuffled, no filter": "shuffled_cross_entropy",
+            "both losses shuffled, Consensus": "shuffled_consensus",
+            "both losses shuffled, known clean": "shuffled_combined_known_clean",
+        }.items()
+    },
+    "detection overview": {
+        title: (method, "auroc")
+        for title, method in {
+            "PRISM, told the rate": "prism_vmf_shared",
+            "small loss, told the rate": "small_loss",
+            "Consensus, told nothing": "consensus",
+            "both losses shuffled, Consensus": "shuffled_consensus",
+            "cleanlab": "shuffled_cleanlab",
+            "`nrml audit`": "shuffled_audit",
+        }.items()
+    },
+    "rate overview": {
+        "really wrong": ("shuffled_consensus", "wrong"),
+        "Consensus, both losses, shuffled batches": ("shuffled_consensus", "noise_rate"),
+        "`nrml audit`": ("shuffled_audit", "noise_rate"),
+        "cleanlab": ("shuffled_cleanlab", "noise_rate"),
+    },
 }
 #: runs of a row that is complete
 SEEDS = 3
@@ -119,18 +128,22 @@ def collect_detection(out: Path, data: Path) -> list[dict[str, Any]]:
         if method in FROZEN:
             found = json.loads((folder / "detection.json").read_text(encoding="utf-8"))
             rows += [
-                {**start, "method": row, **{k: found[scorer][k] for k in QUALITY}}
+                {**start, "method": row, **{k: found[scorer].get(k) for k in (*QUALITY, "noise_rate")}}
                 for scorer, row in zip(SCORERS, DETECTORS[method], strict=True)
             ]
         elif method not in UNFILTERED:
             last = json.loads((folder / "done.json").read_text(encoding="utf-8"))["last"]
             decided = {key: last.get(f"noise/{key}") for key in ("precision", "recall")}
+            decided["noise_rate"] = last.get("noise/estimated_rate")
             rows.append({**start, "method": method, **decided, **ranked(folder / "noise_ledger.parquet")})
     return rows
 
 
 def ranked(ledger: Path) -> dict[str, float]:
-    """AUROC and average precision of each sample's last score in the run; unseen samples are left out."""
+    """AUROC and average precision of each sample's last score, and the share of wrong labels.
+
+    Samples that the run has not seen have no score and count in neither of the first two.
+    """
     import pandas as pd
     import torch
 
@@ -140,7 +153,9 @@ def ranked(ledger: Path) -> dict[str, float]:
     score = torch.from_numpy(frame["log_p_clean"].to_numpy(dtype="float32", copy=True))
     wrong = torch.from_numpy((frame["label"] != frame["clean_label"]).to_numpy(copy=True))
     quality = filter_quality(torch.ones(len(score)), wrong, score)
-    return {key: quality[key] for key in ("auroc", "average_precision")}
+    return {key: quality[key] for key in ("auroc", "average_precision")} | {
+        "wrong": float(wrong.double().mean())
+    }
 
 
 # ---- tables ----------------------------------------------------------------------------------------
@@ -211,15 +226,16 @@ def detection_table(setting: Setting, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def overview(found: list[Setting], rows: list[dict[str, Any]], key: str, columns: dict[str, str]) -> str:
+def overview(found: list[Setting], rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
     """Markdown table with a row for each setting: means, the number of seeds beside those of fewer than 3."""
-    lines = [f"| | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for setting in found:
         by = by_method(setting, rows)
-        values = [[r[key] for r in by.get(method, ())] for method in columns]
-        few = [f" ({len(v)})" if 0 < len(v) < SEEDS else "" for v in values]
-        if any(values):
-            means = [shown(v).partition(" ")[0] + said for v, said in zip(values, few, strict=True)]
+        measured = [[r.get(key) for r in by.get(method, ())] for method, key in columns.values()]
+        known = [[v for v in values if v is not None] for values in measured]
+        few = [f" ({len(v)})" if 0 < len(v) < SEEDS else "" for v in known]
+        if any(known):
+            means = [shown(v).partition(" ")[0] + said for v, said in zip(known, few, strict=True)]
             lines.append(f"| {setting.title.partition(':')[0]} | {' | '.join(means)} |")
     return "\n".join(lines) + "\n"
 
@@ -231,12 +247,14 @@ def publish(out: Path, data: Path) -> None:
     rows = with_published(folder / "noise_runs.csv", collect(out, data), key)
     detection = with_published(folder / "noise_detection.csv", collect_detection(out, data), key)
     write_csv(folder / "noise_runs.csv", rows, [*key, *COLUMNS, "best_recall@1", "cpu_seconds"])
-    write_csv(folder / "noise_detection.csv", detection, [*key, *QUALITY])
+    write_csv(folder / "noise_detection.csv", detection, [*key, *QUALITY, *RATES])
+    page, of_all = REPO / "docs" / "benchmarks.md", settings(data)
     for name, make, content in (("noise", table, rows), ("detection", detection_table, detection)):
-        made = "\n".join(filter(None, (make(setting, content) for setting in settings(data))))
-        replace_tables(REPO / "docs" / "benchmarks.md", f"{name} tables", made)
-        made = overview(settings(data), content, *OVERVIEWS[f"{name} overview"])
-        replace_tables(REPO / "docs" / "benchmarks.md", f"{name} overview", made)
+        made = "\n".join(filter(None, (make(setting, content) for setting in of_all)))
+        replace_tables(page, f"{name} tables", made)
+    for name, columns in OVERVIEWS.items():
+        content = rows if name == "noise overview" else detection
+        replace_tables(page, name, overview(of_all, content, columns))
 
 
 def main() -> None:
@@ -247,9 +265,12 @@ def main() -> None:
     args = options.parse_args()
     jobs = []
     for setting in settings(args.data.resolve()):
+        if args.only not in setting.name:
+            continue
+        prepare(setting, args.out)
         for seed in args.seeds:
             for method in args.methods:
-                if args.only in setting.name and recipe(setting, method):
+                if recipe(setting, method):
                     folder = args.out / setting.name / method / f"seed{seed}"
                     result = judged if method in FROZEN else last_results
                     jobs.append(Job(folder, [command(setting, method, seed, folder)], result))

@@ -2,7 +2,7 @@
 
     pip install "lightning-nrml[bench]"                                          # brings lightly
     python recipes/benchmarks/ssl_peer.py                                        # digits, no data needed
-    python recipes/benchmarks/ssl_peer.py --data DATA --settings digits caltech101
+    python recipes/benchmarks/ssl_peer.py --data DATA --settings digits caltech101 cifar10
     python recipes/benchmarks/ssl_peer.py --data DATA --time                     # only the time of a step
 
 Ours is one ``nrml fit`` of a recipe, as in ``ssl_table.py``; finished runs of that script (``--ours``) are
@@ -43,7 +43,7 @@ from ssl_table import COLUMNS, METHODS, commands, measured, prepare, settings
 from lightning_nrml.cli.app import NRMLCLI
 
 SIDES = {"ours": "ours", "lightly": "lightly"}
-SETTINGS = ("digits", "caltech101")
+SETTINGS = ("digits", "caltech101", "cifar10")
 HEADS = {"knn_top1": "kNN top-1", "probe_top1": "linear top-1", "recall@1": "Recall@1", "map@r": "MAP@R"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import noise_frozen
@@ -58,6 +59,29 @@ def test_cleaned_labels_are_those_of_the_same_seed_and_nothing_else_is_injected(
     ]
 
 
+def test_a_part_of_cifar_holds_the_first_images_with_their_labels(tmp_path: Path) -> None:
+    jpeg = [np.frombuffer(bytes([i] * (i + 1)), dtype=np.uint8) for i in range(5)]
+    labels = {f"{kind}_label": np.arange(5) + 10 * k for k, kind in enumerate(("clean", "worse"))}
+    arrays = {
+        "train_jpeg": np.concatenate(jpeg), "train_offsets": np.cumsum([0, *map(len, jpeg)]), **labels,
+        "random_label1": np.arange(5), "test_jpeg": jpeg[4], "test_offsets": np.array([0, 5]),
+        "test_label": np.arange(1), "class_names": np.array(["a"]),
+    }  # fmt: skip
+    np.savez(tmp_path / "all.npz", **arrays)
+    setting = replace(SETTINGS["cifar10n_10k_worse"], part=(tmp_path / "all.npz", 3))
+    noise_table.prepare(setting, tmp_path / "out")
+    with np.load(noise_settings.part_of(setting, tmp_path / "out")) as part:
+        found = {key: part[key].tolist() for key in part.files}
+    assert found == {key: value.tolist() for key, value in arrays.items()} | {
+        "train_jpeg": [0, 1, 1, 2, 2, 2], "train_offsets": [0, 1, 3, 6], "clean_label": [0, 1, 2],
+        "worse_label": [10, 11, 12], "random_label1": [0, 1, 2],
+    }  # fmt: skip
+    assert list((tmp_path / "out").iterdir()) == [noise_settings.part_of(setting, tmp_path / "out")]
+    folder = tmp_path / "out" / setting.name / "none" / "seed0"
+    path = f"--data.init_args.path={noise_settings.part_of(setting, tmp_path / 'out')}"
+    assert path in noise_table.command(setting, "none", 0, folder)
+
+
 def run(folder: Path, last: dict, ledger: pd.DataFrame | None = None) -> None:
     folder.mkdir(parents=True)
     (folder / "done.json").write_text(json.dumps({"last": last, "best": {}, "cpu_seconds": 1.0}))
@@ -77,7 +101,7 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
         run(tmp_path / "digits_50" / method / "seed0", scores)
     found = {k: dict.fromkeys(noise_table.QUALITY, 0.25 * i) for i, k in enumerate(noise_table.SCORERS)}
     (tmp_path / "digits_50" / "frozen" / "seed0" / "detection.json").write_text(json.dumps(found))
-    found["audit"]["auroc"] = 0.99
+    found["audit"] |= {"auroc": 0.99, "noise_rate": 0.3}
     for method in ("consensus_frozen", "shuffled_frozen"):
         (tmp_path / "digits_50" / method / "seed0" / "detection.json").write_text(json.dumps(found))
 
@@ -91,6 +115,9 @@ def test_tables_from_finished_runs(tmp_path: Path) -> None:
     assert [row["method"] for row in detection] == ["bare", *noise_table.SCORERS, *after]
     aurocs = {row["method"]: row["auroc"] for row in detection}
     assert (aurocs["audit"], aurocs["consensus_audit"]) == (0, 0.99)
+    rates = {row["method"]: row["noise_rate"] for row in detection}
+    assert (rates["bare"], rates["audit"], rates["consensus_audit"]) == (None, None, 0.3)
+    assert detection[0]["wrong"] == 2 / 5
     # wrong are -2 and -4, right -1 and -3: three of four pairs in order; precision 1, then 2/3
     assert detection[0]["auroc"] == pytest.approx(3 / 4)
     assert detection[0]["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
@@ -107,10 +134,24 @@ def test_an_overview_has_means_and_says_where_seeds_lack() -> None:
         for method, own in values.items()
         for seed, value in enumerate(own)
     ]
-    key, columns = noise_table.OVERVIEWS["noise overview"]
-    head, rule, *lines = noise_table.overview(list(SETTINGS.values()), rows, key, columns).splitlines()
+    columns = noise_table.OVERVIEWS["noise overview"]
+    head, rule, *lines = noise_table.overview(list(SETTINGS.values()), rows, columns).splitlines()
     assert (head.count("|"), rule.count("|")) == (10, 10)
     assert lines == ["| scikit-learn digits, 50 % symmetric | 0.600 | – | 0.900 (1) | – | – | – | – | – |"]
+
+
+def test_the_overview_of_rates_puts_what_was_found_beside_what_there_is() -> None:
+    measured = {"shuffled_consensus": (0.48, 0.42), "shuffled_audit": (None, 0.47), "bare": (0.48, None)}
+    rows = [
+        {"setting": "digits_50", "method": method, "seed": seed, "wrong": wrong, "noise_rate": rate}
+        for method, (wrong, rate) in measured.items()
+        for seed in range(3)
+    ]
+    rows.append({"setting": "digits_50", "method": "shuffled_cleanlab", "seed": 0})  # published without
+    _, _, *lines = noise_table.overview(
+        list(SETTINGS.values()), rows, noise_table.OVERVIEWS["rate overview"]
+    ).splitlines()
+    assert lines == ["| scikit-learn digits, 50 % symmetric | 0.480 | 0.420 | 0.470 | – |"]
 
 
 def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
