@@ -15,6 +15,8 @@ nrml: noise-robust metric learning
   nrml validate --config NAME|FILE --ckpt_path best|last|PATH  measure on the validation split
   nrml test     --config NAME|FILE --ckpt_path best|last|PATH  measure on the test split
   nrml predict  --config NAME|FILE --ckpt_path best|last|PATH  compute embeddings
+  nrml embed    --ckpt_path RUN|FILE [--images FOLDER]         embeddings and a search index
+  nrml export   --ckpt_path RUN|FILE --out FILE.onnx|FILE.pt   the net, for other programs
   nrml audit    --ckpt_path RUN|FILE                           rank wrong labels, write a report
   nrml audit    --ledger RUN|FILE                              the same from a run's ledger alone
   nrml inject   --config NAME|FILE --out FILE                  write noisy train labels as a table

@@ -17,7 +17,14 @@ import yaml
 from lightning_nrml.callbacks.ledger_file import write_ledger
 from lightning_nrml.callbacks.summary import ROWS
 from lightning_nrml.cli.app import run
-from lightning_nrml.cli.check import check_config, check_override, load_yaml
+from lightning_nrml.cli.check import (
+    COMMANDS,
+    OWN_SECTIONS,
+    check_config,
+    check_override,
+    load_yaml,
+    top_level_keys,
+)
 from lightning_nrml.cli.recipes import config_arguments, find_config
 from lightning_nrml.data import DigitsDataModule, NoiseConfig
 from lightning_nrml.memory import SampleLedger
@@ -107,6 +114,10 @@ def test_config_snippets_are_accepted(
         assert len(printed["trainer"]["callbacks"]) == len(given["trainer"]["callbacks"])
 
 
+#: of single verbs, such as ``--ckpt_path`` and ``--out``
+VERB_ARGUMENTS = top_level_keys() - {"trainer", "model", "data", *OWN_SECTIONS}
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """``(page, arguments)`` of every ``nrml`` command in a bash block."""
     found = []
@@ -129,7 +140,7 @@ def test_commands_name_real_recipes_and_keys(page: str, args: list[str]) -> None
         assert args[1] in ("ls", "show", "cp", "validate")
         assert not args[2:] or find_config(args[2]).is_file()
         return
-    assert args[0] in ("fit", "validate", "test", "predict", "audit", "inject")
+    assert args[0] in (*COMMANDS, "inject")
     if "--ledger" in args:
         return
     tree = load_yaml(REPO / "recipes" / "quickstart.yaml")
@@ -142,9 +153,7 @@ def test_commands_name_real_recipes_and_keys(page: str, args: list[str]) -> None
         key, glued, value = word[2:].partition("=")
         if not glued and key != "print_config":
             value = next(rest)
-        assert (
-            key in ("config", "ckpt_path", "print_config", "out") or check_override(key, value, tree) is None
-        )
+        assert key in ("config", "print_config", *VERB_ARGUMENTS) or check_override(key, value, tree) is None
 
 
 def test_readme_has_the_two_commands() -> None:

@@ -83,11 +83,19 @@ class PredictionWriter(PredictionCollector):
 
     Args:
         folder: where to write; default ``predict`` in the trainer's ``default_root_dir``.
+        faiss: also write ``embeddings.faiss``, an index of cosines, as faiss' ``index_factory`` describes it
+            (``"Flat"``, ``"HNSW32"``, ``"IVF256,Flat"``); ``None`` = no index.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, faiss: str | None = None) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.faiss = folder, faiss
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew; an index that faiss cannot build is told before anything is embedded."""
+        super().on_predict_start(trainer, pl_module)
+        if self.faiss is not None:
+            cosine_index(self.faiss, getattr(pl_module, "embedding_dim", None) or 64)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather over the ranks and write, on rank 0."""
@@ -98,9 +106,12 @@ class PredictionWriter(PredictionCollector):
         folder = Path(self.folder or Path(trainer.default_root_dir, "predict"))
         paths = getattr(getattr(trainer, "datamodule", None), "predict_paths", None)
         write_predictions(folder, arrays, paths)
+        if self.faiss is not None:
+            write_index(folder / "embeddings.faiss", arrays["embedding"], self.faiss)
         count, size = arrays["embedding"].shape
+        index = "" if self.faiss is None else ", search index: embeddings.faiss"
         rank_zero_info(
-            f"{count} embeddings of {size} numbers: {folder / 'embeddings.npy'} (rows: index.parquet)"
+            f"{count} embeddings of {size} numbers: {folder / 'embeddings.npy'} (rows: index.parquet{index})"
         )
 
 
@@ -126,3 +137,48 @@ def write_predictions(folder: Path, arrays: dict[str, np.ndarray], paths: list[s
     with whole_file(folder / "embeddings.npy") as part:
         np.save(part, arrays["embedding"].astype(np.float32, copy=False))
     write_frame(folder / "index.parquet", pd.DataFrame(columns))
+
+
+def cosine_index(factory: str, dim: int) -> Any:
+    """An empty faiss index of inner products.
+
+    Raises:
+        ImportError: faiss is not installed.
+        ValueError: faiss does not know the description.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("a search index needs faiss-cpu or faiss-gpu; or set faiss to null") from error
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss cannot build the index '{factory}' for {dim} numbers: give one that its index_factory "
+            "knows, such as Flat, HNSW32 or IVF256,Flat"
+        ) from error
+
+
+def write_index(path: Path, embedding: np.ndarray, factory: str) -> None:
+    """A faiss index of the rows ``(N, D)``, brought to unit length; row numbers are the answers.
+
+    Raises:
+        ValueError: faiss cannot build it for so many numbers, or of so few rows.
+    """
+    index = cosine_index(factory, embedding.shape[1])
+    import faiss
+
+    rows = np.array(embedding, dtype=np.float32, order="C")
+    faiss.normalize_L2(rows)
+    try:
+        if not index.is_trained:
+            index.train(rows)
+        index.add(rows)
+    except RuntimeError as error:
+        why = str(error).rpartition("failed: ")[2]  # before it stands where in faiss
+        raise ValueError(
+            f"faiss cannot build the index '{factory}' of {len(rows)} rows ({why}): give one with fewer "
+            "cells, or Flat"
+        ) from error
+    with whole_file(path) as part:
+        faiss.write_index(index, str(part))

@@ -48,6 +48,9 @@ from lightning_nrml.cli.trainer import NRMLTrainer, StopTogether, check_embeds
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
 
+#: verbs that Lightning does not have; ``--out`` says where each writes
+OWN_VERBS = ("audit", "embed", "export")
+
 #: our sections of the config, and what switches each off
 SWITCHES = {
     "checkpoint_last": "every_n_epochs to 0",
@@ -108,8 +111,8 @@ class NRMLCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs and ``audit``, with the arguments that the config does not give."""
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        """Lightning's verbs and ours, with the arguments that the config does not give."""
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in OWN_VERBS}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints, run card and the links from data to model."""
@@ -155,7 +158,7 @@ class NRMLCLI(LightningCLI):
             for key in ("checkpoint_last", "checkpoint_best"):
                 check_writable(Path(config[key].dirpath), f"--{key}.dirpath")
         else:
-            given = command == "audit" and config.get("out")
+            given = command in OWN_VERBS and config.get("out")
             check_writable(self.output_folder, "--out" if given else "--trainer.default_root_dir")
 
     def _section(self) -> Namespace:
@@ -165,8 +168,10 @@ class NRMLCLI(LightningCLI):
         """Loggers without a folder of their own write to the run folder (evaluation: a sub-folder)."""
         logger = config.trainer.logger
         self.output_folder = self.run_folder if command == "fit" else self.run_folder / command
-        if command == "audit" and config.get("out"):
+        if command in OWN_VERBS and config.get("out"):
             self.output_folder = Path(config.out)
+            if command == "export":  # a file
+                self.output_folder = self.output_folder.parent
         for entry in logger if isinstance(logger, list) else [logger]:
             if not isinstance(entry, Namespace) or "init_args" not in entry:
                 continue

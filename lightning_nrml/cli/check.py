@@ -22,7 +22,7 @@ from lightning_nrml.cli.schema import (
     lightning_folder,
 )
 
-COMMANDS = ("fit", "validate", "test", "predict", "audit")
+COMMANDS = ("fit", "validate", "test", "predict", "audit", "embed", "export")
 OWN_SECTIONS = {
     "checkpoint_last": "lightning_nrml.callbacks.checkpoint.LastCheckpoint",
     "checkpoint_best": "lightning_nrml.callbacks.checkpoint.BestCheckpoint",
@@ -75,7 +75,7 @@ def check_config(path: Path) -> list[str]:
 
 @cache
 def _method_arguments() -> frozenset[str]:
-    """Arguments of the trainer's ``fit/validate/test/predict/audit`` that a config may hold."""
+    """Arguments of the trainer's verbs that a config may hold."""
     folder = lightning_folder()
     files = [Path(__file__).with_name("trainer.py")]
     files += [] if folder is None else [folder / "trainer" / "trainer.py"]

@@ -17,7 +17,7 @@ except ImportError:  # no Unix
 
 CHECKPOINTS = "checkpoints"
 NAMED_CHECKPOINTS = ("best", "last", "init")
-NEEDS_CHECKPOINT = ("validate", "test", "predict", "audit")
+NEEDS_CHECKPOINT = ("validate", "test", "predict", "audit", "embed", "export")
 
 
 def default_run_folder(configs: list[str], model: str, data: str) -> Path:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nrml import distributed
 from lightning_nrml.data.bad_images import BadImageList
-from lightning_nrml.data.dataset import IndexedDataset, identity
+from lightning_nrml.data.dataset import IndexedDataset, UnlabelledDataset, identity
+from lightning_nrml.data.image_files import found_images
 from lightning_nrml.data.labelled import LabelledData
 from lightning_nrml.data.loader import ResumableLoader, resume_after_whole_epochs
 from lightning_nrml.data.noise import NoiseConfig
@@ -26,7 +27,7 @@ from lightning_nrml.data.samplers import (
     UnpaddedSampler,
 )
 from lightning_nrml.data.sources import cached, decoded_bytes, stored_size
-from lightning_nrml.data.splits import Split
+from lightning_nrml.data.splits import SPLIT_NAMES, Split
 from lightning_nrml.data.views import EvalView, MetricView, ViewKey, Views
 from lightning_nrml.types import Batch
 
@@ -37,7 +38,7 @@ _SPLITS_OF_STAGE = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
-    "predict": ("test",),
+    "predict": (),  # the loader fills the cache of what was chosen
     None: ("train", "val", "test"),
 }
 
@@ -229,9 +230,30 @@ class NRMLDataModule(LabelledData):
         """The test split in order, nothing padded."""
         return self._eval_loader("test")
 
+    def predict_from(self, split: str = "test", images: str | Path | None = None) -> None:
+        """Choose what :meth:`predict_dataloader` serves; until then it is the test split.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            images: a folder of images (all below it, in sorted order), or a single image, in the place of a
+                split. They are read as the images of the train split are, and their batches have no labels.
+
+        Raises:
+            FileNotFoundError: there is nothing at ``images``.
+            ValueError: an unknown split, no images in the folder, or a data set whose images are no files.
+        """
+        if split not in SPLIT_NAMES:
+            raise ValueError(f"split must be {', '.join(SPLIT_NAMES)}, got {split!r}")
+        self._predict_split = split
+        self._other_images = None if images is None else found_images(Path(images).expanduser())
+
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test split in order, nothing padded."""
-        return self._eval_loader("test")
+        """The split or the images of :meth:`predict_from` in order, nothing padded."""
+        if self._other_images is None:
+            return self._eval_loader(self._predict_split)
+        source = self.splits.train.images.other([str(path) for path in self._other_images.values()])
+        dataset = UnlabelledDataset(source, self.on_bad_image, self._bad_list("images"))
+        return self._loader(dataset, UnpaddedSampler(len(dataset)), self.eval_batch_size)
 
     def embed_dataloader(self) -> DataLoader[Batch]:
         """The whole train split in order, un-padded over ranks, with the evaluation view."""
@@ -292,6 +314,11 @@ class NRMLDataModule(LabelledData):
         if len(views) > 1:
             out["views"] = views
         return out
+
+    @property
+    def eval_view(self) -> Views:
+        """What images go through in evaluation."""
+        return self._view("eval", torch.device("cpu"))
 
     def _view(self, which: str, device: torch.device) -> Views:
         view = self._views[which]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_nrml.data.bad_images import BadImageList
-from lightning_nrml.data.sources import BadImageError
+from lightning_nrml.data.sources import BadImageError, ImageSource
 from lightning_nrml.data.splits import Split
 from lightning_nrml.types import Batch
 
@@ -99,6 +100,26 @@ class IndexedDataset(Dataset[Batch]):
             except BadImageError:
                 continue
         raise BadImageError(f"none of the {len(self)} images can be read, such as {self.images.name(index)}")
+
+
+class UnlabelledDataset(IndexedDataset):
+    """Images alone: its batches have ``image`` and ``index``.
+
+    Args:
+        images: the images.
+        on_bad_image, bad_list: see :class:`IndexedDataset`.
+    """
+
+    def __init__(
+        self, images: ImageSource, on_bad_image: OnBadImage = "raise", bad_list: BadImageList | None = None
+    ) -> None:
+        label = np.zeros(len(images), dtype=np.int64)  # nobody sees it
+        super().__init__(Split(images, label), on_bad_image, bad_list=bad_list)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        batch: Any = super().__getitems__(indices)
+        del batch["label"]
+        return cast(Batch, batch)
 
 
 def identity(batch: Any) -> Any:

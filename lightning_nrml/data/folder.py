@@ -10,10 +10,10 @@ import numpy as np
 
 from lightning_nrml.data.base import NRMLDataModule
 from lightning_nrml.data.decode import Fit
+from lightning_nrml.data.image_files import IMAGE_SUFFIXES, image_files
 from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Split, Splits, join_splits, split_by_rows
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 #: other names of splits, which are hardly classes if there are no others
 _LIKE_SPLITS = {*SPLIT_NAMES, "training", "valid", "validation", "dev", "testing"}
 
@@ -119,9 +119,6 @@ def _folders(root: Path) -> list[Path]:
 def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     """Image paths relative to ``root``, their labels ``(N,)``, and the class names, all in sorted order.
 
-    Names that start with a dot are no images, and there are none below folders of such names: macOS leaves
-    ``._a.jpg`` on foreign disks, other programs keep copies in ``.thumbnails`` or ``.ipynb_checkpoints``.
-
     Raises:
         ValueError: no class folder with images.
     """
@@ -130,12 +127,7 @@ def list_classes(root: Path) -> tuple[list[str], np.ndarray, list[str]]:
     names: list[str] = []
     empty: list[str] = []
     for folder in _folders(root):
-        images = sorted(
-            p.relative_to(root).as_posix()
-            for p in folder.rglob("*")
-            if p.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        )
+        images = sorted(path.relative_to(root).as_posix() for path in image_files(folder))
         if not images:
             empty.append(folder.name)
             continue

@@ -39,6 +39,9 @@ class LabelledData(LightningDataModule):
         self._absent: list[int] = []
         #: split and name of the images that are not there
         self._missing: list[tuple[str, str]] = []
+        #: what prediction is about: a split, or image files by name in its place
+        self._predict_split = "test"
+        self._other_images: dict[str, Path] | None = None
 
     def load_splits(self) -> Splits:
         """Labels and undecoded image sources of all splits."""
@@ -163,7 +166,10 @@ class LabelledData(LightningDataModule):
     @property
     def predict_paths(self) -> list[str] | None:
         """Names of the images that :meth:`predict_dataloader` serves, by ``index``."""
-        return None if self.splits.test is None else self.splits.test.paths
+        if self._other_images is not None:
+            return list(self._other_images)
+        split = self._split(self._predict_split)
+        return None if split is None else split.paths
 
     @property
     def noise_summary(self) -> dict[str, Any]:

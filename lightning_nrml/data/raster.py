@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ class RasterSource(ImageSource):
     def subset(self, rows: np.ndarray) -> RasterSource:
         bands = None if self.all_bands else self.bands
         return RasterSource(self.paths[rows].tolist(), bands, self.image_size)
+
+    def other(self, files: Sequence[str]) -> RasterSource:
+        others = copy(self)
+        others.paths = np.asarray(files, dtype=np.str_)
+        return others
 
     def get(self, indices: Sequence[int]) -> Tensor:
         images = [self.decode(row) for row in indices]

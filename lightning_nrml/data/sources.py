@@ -70,6 +70,17 @@ class ImageSource(ABC):
     def subset(self, rows: np.ndarray) -> ImageSource:
         """The source restricted to ``rows`` (int64 positions), in that order."""
 
+    def other(self, files: Sequence[str]) -> ImageSource:
+        """Other image files, read as these are.
+
+        Raises:
+            ValueError: these are no files, so that nothing says how to read others.
+        """
+        raise ValueError(
+            "the images of this data set do not come from image files, so nothing says how to read others: "
+            "name a data set of files, such as FolderDataModule"
+        )
+
     def name(self, row: int) -> str:
         """How to call an image in a message."""
         return f"image {row}"
@@ -130,6 +141,9 @@ class MemorySource(ImageSource):
     def files(self) -> Iterable[str]:
         return super().files() if self.origin is None else self.origin.files()
 
+    def other(self, files: Sequence[str]) -> ImageSource:
+        return super().other(files) if self.origin is None else self.origin.other(files)
+
     def subset(self, rows: np.ndarray) -> MemorySource:
         bad = {new: self.bad[int(old)] for new, old in enumerate(rows) if int(old) in self.bad}
         origin = None if self.origin is None else self.origin.subset(rows)
@@ -169,6 +183,9 @@ class DecodingSource(ImageSource):
 
     def reading(self) -> tuple[object, ...]:
         return type(self).__name__, self.channels, self.size, self.fit
+
+    def other(self, files: Sequence[str]) -> FileSource:
+        return FileSource(files, self.channels, stored_size(self), self.fit)
 
     @abstractmethod
     def open(self, row: int) -> Image.Image:

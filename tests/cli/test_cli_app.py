@@ -255,7 +255,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on(nrml, folder, monkeypatch):
     assert saved["global_step"] == 4
 
 
-@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+@pytest.mark.parametrize("verb", ["test", "validate", "predict", "audit", "embed", "export"])
 def test_evaluation_without_checkpoint_refuses(nrml, folder, verb):
     code, _, err = nrml(verb, "--config", "tiny.yaml")
     assert code == 2

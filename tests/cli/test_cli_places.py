@@ -141,7 +141,7 @@ def test_a_run_named_by_its_folder(nrml, folder):
     assert torch.load(last, weights_only=True)["global_step"] == before * 3 // 2
 
 
-@pytest.mark.parametrize("verb", ["test", "validate", "predict", "audit"])
+@pytest.mark.parametrize("verb", ["test", "validate", "predict", "audit", "embed", "export"])
 @pytest.mark.parametrize("config", [(), ("--config", "tiny.yaml")])
 def test_a_run_that_is_not_there(nrml, folder, verb, config):
     (folder / "runs/empty/checkpoints").mkdir(parents=True)
@@ -168,6 +168,8 @@ def test_a_run_that_is_not_there(nrml, folder, verb, config):
         (("predict", "--ckpt_path=runs/done"), "runs/done/predict", "--trainer.default_root_dir"),
         (("audit", "--ckpt_path=runs/done"), "runs/done/audit", "--trainer.default_root_dir"),
         (("audit", "--ckpt_path=runs/done", "--out=x/y"), "x", "--out"),
+        (("embed", "--ckpt_path=runs/done", "--out=x/y"), "x", "--out"),
+        (("export", "--ckpt_path=runs/done", "--out=x/y/net.onnx"), "x", "--out"),
     ],
 )
 def test_a_file_in_the_way_is_told_before_anything_is_built(nrml, folder, monkeypatch, args, place, option):
