@@ -60,6 +60,16 @@ class LastCheckpoint(_RunCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def best_model_path(self) -> str:
+        """Empty. Lightning calls the newest file the best one where there is no metric, and W&B repeats it."""
+        return ""
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        if path:
+            self.last_model_path = path
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
