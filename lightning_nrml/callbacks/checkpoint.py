@@ -62,7 +62,7 @@ class LastCheckpoint(_RunCheckpoint):
 
     @property
     def best_model_path(self) -> str:
-        """Empty. Lightning calls the newest file the best one where there is no metric, and W&B repeats it."""
+        """Empty: Lightning calls the newest file the best one if there is no metric, and W&B repeats it."""
         return ""
 
     @best_model_path.setter
