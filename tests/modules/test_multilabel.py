@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_state, state_of, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_nrml.callbacks import MultiLabelEvaluator
 from lightning_nrml.data import NoiseConfig, NRMLDataModule, Split, Splits
@@ -168,6 +168,57 @@ def test_test_run_uses_the_thresholds_of_the_validation(tmp_path):
     assert fresh.class_threshold.tolist() == saved["class_threshold"]
     assert saved["class_threshold"] != evaluator.class_threshold.tolist()
     assert fresh.last == last != saved["last"]
+
+
+def saved_by(folder: Path, net: Any) -> str:
+    """A Lightning checkpoint of a net."""
+    run = trainer(folder, 1, limit_train_batches=1, limit_val_batches=0)
+    run.fit(net, data())
+    run.save_checkpoint(folder / "start.ckpt")
+    return str(folder / "start.ckpt")
+
+
+class _Start(Callback):
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.state = state_of(pl_module)
+
+
+def started(folder: Path, net: Any, source: Any = None) -> dict[str, torch.Tensor]:
+    """The state with which a training begins."""
+    start = _Start()
+    trainer(folder, 1, [start], limit_train_batches=1, limit_val_batches=0).fit(net, source or data())
+    return start.state
+
+
+@pytest.mark.parametrize("name", ["jocor", "rcml"])
+def test_start_weights_of_one_network_serve_both_and_those_of_two_each_its_own(tmp_path, name):
+    whole = saved_by(tmp_path, module(name))
+    saved = torch.load(whole, weights_only=False)["state_dict"]
+    assert_same_state(started(tmp_path, module(name, init_weights=whole)), saved)
+    torch.save({k: v for k, v in saved.items() if k.startswith("backbone.")}, tmp_path / "one.pt")
+    state = started(tmp_path, module(name, init_weights=str(tmp_path / "one.pt")))
+    for key, value in saved.items():
+        if key.startswith("backbone."):
+            assert torch.equal(state[key], value)
+            assert torch.equal(state[key.replace("backbone.", "backbone_2.")], value)
+    assert not torch.equal(state["classifier.weight"], state["classifier_2.weight"])
+
+
+@pytest.mark.parametrize("name", ["elr", "sat"])
+def test_start_weights_bring_no_targets_of_another_run(tmp_path, name):
+    """They belong to its images and labels, of which there may be another number."""
+    net = module(name, loss_kwargs={"warmup_epochs": 0} if name == "sat" else {})
+    path = saved_by(tmp_path, net)
+    assert bool((net.loss.target > 0).any())
+    for rows in (96, 60):
+        fewer = data()
+        fewer.splits.train = fewer.splits.train.subset(np.arange(rows))
+        fewer._train_keep = torch.ones(rows, dtype=torch.bool)
+        state = started(tmp_path, module(name, init_weights=path), fewer)
+        assert torch.equal(state["classifier.weight"], net.classifier.weight)
+        empty = state["loss.target"]
+        assert empty.shape == (rows, LABELS)
+        assert bool((empty.isnan() if name == "sat" else empty == 0).all())
 
 
 class Unvalidated(Squares):
