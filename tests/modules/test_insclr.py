@@ -42,7 +42,7 @@ def slow_loss(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, margin: float = 0.
 
 @pytest.mark.parametrize("stage", ["base", "impr"])
 def test_step_is_batch_loss_plus_memory_loss_with_their_gradients(stage: str) -> None:
-    net, image = prepared(module(stage=stage, memory_weight=0.7, exclude_nearest=6))
+    net, image = prepared(module(stage=stage, memory_weight=0.7, exclude_nearest=6, margin=0.3))
     batch = batch_of(net, image, [0, 9, 18, 27])
     out = net.step(batch)
     parts = out.loss_fn(None)
@@ -77,13 +77,15 @@ def test_step_is_batch_loss_plus_memory_loss_with_their_gradients(stage: str) ->
 
     bank = twin.bank.embedding[rows].double()
     known = label > 0
-    expected = slow_loss(z, label, z, label) + 0.7 * slow_loss(z[known], label[known], bank, claim)
+    expected = slow_loss(z, label, z, label, 0.3) + 0.7 * slow_loss(z[known], label[known], bank, claim, 0.3)
     assert float(parts["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     parts["loss"].backward()
     expected.backward()
     for one, two in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
     assert not any(b.requires_grad for b in net.buffers())
+    if stage == "impr":
+        assert float(parts["memory_positives"]) == pytest.approx(int((claim <= 4).sum()) / 4)  # per anchor
     assert float(parts["kept_neighbours"]) == pytest.approx(float(known.view(4, 4)[:, 1:].float().mean()))
 
 
@@ -135,9 +137,11 @@ def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -
     assert torch.equal(net.bank.embedding[others], before[others])
 
 
-def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected() -> None:
-    net, image = prepared(module(stage="base"))
+@pytest.mark.parametrize("stage", ["base", "impr"])
+def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected(stage: str) -> None:
+    net, image = prepared(module(stage=stage, mining={"in_batch": -1.0}))
     batch = batch_of(net, image, [0, 9])
+    batch["index"][5:8] = batch["index"][5:8].flip(0)  # neighbours in any order are neighbours
     stranger = next(i for i in range(80) if i not in {*net.pool.neighbour[0, :3].tolist(), 0})
     batch["index"][2], batch["index"][3] = stranger, 0
     assert net.step(batch).extras["group_label"].tolist() == [1, 1, -1, 1, 2, 2, 2, 2]
@@ -161,6 +165,7 @@ def test_a_nan_feature_of_a_plain_image_rejects_it() -> None:
 def test_weights_of_a_filter_leave_rows_out() -> None:
     net, image = prepared(module(stage="base"))
     batch = batch_of(net, image, [0, 9])
+    batch["index"][2] = next(i for i in range(80) if i not in {*net.pool.neighbour[0, :3].tolist(), 0})
     weight = torch.tensor([1.0, 0, 1, 1, 1, 1, 0, 1])
     out = net.step(batch)
     parts = out.loss_fn(weight)
@@ -173,6 +178,8 @@ def test_weights_of_a_filter_leave_rows_out() -> None:
         atol=1e-6,
     )
     bank = net.bank.embedding[out.extras["memory_index"]].double()
+    assert label.tolist() == [1, 1, -1, 1, 2, 2, 2, 2]
+    on &= label > 0  # a rejected image does not meet the memory
     want = slow_loss(z[on], label[on], bank, out.extras["memory_label"])
     torch.testing.assert_close(parts["memory_loss"].detach().double(), want, rtol=1e-5, atol=1e-6)
 
@@ -251,6 +258,8 @@ def test_the_pool_is_the_exact_search_and_is_rebuilt_by_rule(tmp_path: Path) -> 
     z = embed_train_split(fresh)
     value, index = topk_search(z, z, 20, exclude=torch.arange(len(z)), backend="faiss")
     torch.testing.assert_close(watch.start["pool.similarity"], value)
+    for bank in ("bank", "plain_bank"):  # filled by the same pass
+        torch.testing.assert_close(watch.start[f"{bank}.embedding"], z)
     assert float((watch.start["pool.neighbour"] == index).float().mean()) > 0.99  # ties may swap
 
 
@@ -304,6 +313,23 @@ def test_checkpoints_serve_elsewhere(tmp_path: Path) -> None:
     start.on_train_batch_end = lambda *_: None  # type: ignore[method-assign]
     trainer(tmp_path / "other", 1, [start], limit_train_batches=1, limit_val_batches=0).fit(other, digits())
     assert torch.equal(start.start["head.weight"], net.head.weight)
+
+
+def test_a_resumed_run_does_not_read_its_start_weights_again(tmp_path: Path) -> None:
+    first, _, _ = _fit(tmp_path, 1, 2)
+    begin = str(tmp_path / "step=2.ckpt")
+    _fit(tmp_path / "tuned", 1, 2, init_weights=begin)
+    saved = tmp_path / "tuned" / "step=2.ckpt"
+    keys = torch.load(saved, weights_only=False)["state_dict"]
+    assert not torch.equal(keys["head.weight"], first.head.weight)
+    _, _, watch = _fit(tmp_path / "more", 2, 2, saved, init_weights=begin)
+    assert_same_state(watch.restored, keys)
+
+
+def test_the_pool_of_every_epoch_is_its_own(tmp_path: Path) -> None:
+    net, _, watch = _fit(tmp_path, 2, 1, pool_every_n_epochs=1)
+    assert int(net.pool.epoch) == 1
+    assert not torch.equal(*watch.near)
 
 
 class _OneImage(torch.nn.Module):
