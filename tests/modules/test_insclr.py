@@ -19,6 +19,7 @@ from lightning_nrml.memory.mining import mine
 from lightning_nrml.metrics.search import topk_search
 from lightning_nrml.modules import InsCLR, MetricLearning
 from lightning_nrml.modules.full_pass import embed_train_split
+from lightning_nrml.types import FilterContext, Selection
 
 sys.path.insert(0, str(Path(__file__).parent))
 from insclr_runs import DIGITS, batch_of, digits, module, prepared
@@ -116,8 +117,24 @@ def test_the_plain_pass_moves_no_batch_norm_and_wakes_no_frozen_one() -> None:
     assert torch.equal(net.backbone.body[1].running_mean, frozen)
 
 
+def test_memory_without_negatives_and_rows_that_a_bank_lacks() -> None:
+    net, image = prepared(module(memory_negatives=False))
+    batch = batch_of(net, image, [0, 9, 18])
+    claim = net.step(batch).extras["memory_label"]
+    assert len(claim) > 3
+    assert int(claim.max()) <= 3
+    net.memory_negatives = True
+    for bank in (net.bank, net.plain_bank):  # a feature that was not finite was not written
+        assert bool((net.step(batch).extras["memory_index"] % 2 == 1).any())
+        bank.epoch_seen[1::2] = -1
+        rows = net.step(batch).extras["memory_index"]
+        assert len(rows) > 0
+        assert bool((rows % 2 == 0).all())
+        bank.epoch_seen[1::2] = 0
+
+
 def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -> None:
-    net, image = prepared(module())
+    net, image = prepared(module(memory_write_start=9))  # which is of stage base
     batch = batch_of(net, image, [0, 9, 18])
     before = net.bank.embedding.clone()
     out = net.step(batch)
@@ -135,6 +152,32 @@ def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -
         torch.testing.assert_close(net.plain_bank.embedding[i], plain[last])
     others = [i for i in range(80) if i not in set(index.tolist())]
     assert torch.equal(net.bank.embedding[others], before[others])
+
+
+def test_rows_that_a_filter_drops_enter_no_bank() -> None:
+    net, image = prepared(module())
+    batch = batch_of(net, image, [0, 9])
+    index, rows = batch["index"], F.normalize(net.step(batch).embedding.detach(), dim=1)
+    before = {name: getattr(net, name).embedding.clone() for name in ("bank", "plain_bank")}
+    weight = (torch.arange(8) < 4).float()
+    net.remember(FilterContext(rows, batch["label"], index), Selection(weight, weight, torch.tensor(0.5), {}))
+    only = [i for i in index[4:].tolist() if i not in index[:4].tolist()]
+    for name, old in before.items():
+        new = getattr(net, name).embedding
+        assert torch.equal(new[only], old[only])
+        assert bool((new[index[:4]] != old[index[:4]]).any(dim=1).all())
+
+
+def test_random_rows_of_the_memory_change_with_batch_and_seed(monkeypatch) -> None:
+    net, image = prepared(module(stage="base", memory_size=20, exclude_nearest=3))
+    batch, drawn = batch_of(net, image, [0, 9]), []
+    for seed, number in ((7, 0), (7, 1), (8, 0), (7, 0)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        net.on_train_batch_start(batch, number)
+        drawn.append(net.step(batch).extras["memory_index"].tolist())
+    assert drawn[0] == drawn[3]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != drawn[2]
 
 
 @pytest.mark.parametrize("stage", ["base", "impr"])
