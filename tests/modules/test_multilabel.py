@@ -156,6 +156,7 @@ def some(rows: int = 12) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 def test_rcml_step_is_its_loss_with_its_settings_in_every_epoch(tmp_path, swap):
     own = {"alpha": 0.9, "beta": 0.3, "disparity_weight": 0.7, "consistency_weight": 0.4, "sigma": 2.0}
     net = module("rcml", **own, swap=swap, keep_start=1.0, keep_end=0.2, flip_rate=0.5, flip_start=2)
+    assert (net.loss.alpha, net.loss.beta) == (0.9, 0.3)
     loss, (batch, weight) = RCMLLoss(**own, swap=swap), some()
     net.eval()
     torch.manual_seed(1)
