@@ -212,6 +212,7 @@ def test_kept_statistics_are_those_of_the_bands_in_their_order_and_of_the_resamp
     one = found(["B02", "B05"])
     np.testing.assert_allclose(found(["B05", "B02"]), one[:, ::-1])
     assert found(["B02", "B05"], "nearest")[1, 1] > 1.1 * one[1, 1], "a mean of pixels varies less"
+    bigearthnet_source._close_all()
 
 
 @pytest.mark.parametrize("cache", [True, False])
