@@ -125,6 +125,67 @@ PROMISED: dict[str, dict[str, dict[str, Any]]] = {
         "EmbeddingMap": {"every_n_epochs": 10, "split": "val", "max_samples": 2000},
     },
 }
+#: settings of the papers, of the authors' code or of our docs that runs without a word about them rely on
+PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
+    ("losses", "SwAVLoss"): {"temperature": 0.1},
+    ("losses", "sinkhorn"): {"epsilon": 0.05, "iterations": 3},
+    ("losses", "NTXentLoss"): {"temperature": 0.5},
+    ("losses", "MoCHiLoss"): {"temperature": 0.2},
+    ("losses", "InsCLRLoss"): {"margin": 0.4},
+    ("losses", "MultiLabelELRLoss"): {"symmetric": False},
+    ("losses", "MultiLabelSATLoss"): {"warmup_epochs": 5},
+    ("losses", "MultiLabelASLLoss"): {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05},
+    ("losses", "MultiLabelJoCoRLoss"): {"ramp_epochs": 10, "exponent": 1.0, "choose": "sample"},
+    ("losses", "RCMLLoss"): {"sigma": 10000.0, "swap": True},
+    ("losses.rcml", "group_lasso"): {"alpha": 0.2, "beta": 0.8},
+    ("losses.rcml", "mmd"): {"sigma": 10000.0},
+    ("modules", "SimCLR"): {"temperature": 0.5, "projector_dim": 128, "joint_views": True},
+    ("modules", "BYOL"): {"projector_hidden": 4096, "projector_dim": 256, "joint_views": False},
+    ("modules.self_supervised", "TaughtModule"): {"tau": 0.996, "tau_schedule": "cosine"},
+    ("modules", "MoCo"): {
+        "temperature": 0.2, "queue_size": 65536, "projector_dim": 128, "tau": 0.999,
+        "tau_schedule": "constant",
+    },
+    ("modules", "MoCHi"): {
+        "temperature": 0.2, "queue_size": 16384, "num_hard": 1024, "num_mixed": 1024, "num_query_mixed": 128,
+        "warmup_epochs": 10,
+    },
+    ("modules", "SwAV"): {
+        "num_prototypes": 3000, "temperature": 0.1, "epsilon": 0.05, "sinkhorn_iterations": 3,
+        "projector_hidden": 2048, "projector_dim": 128, "freeze_epochs": 1, "queue_size": 0,
+        "queue_start_epoch": 15,
+    },
+    ("modules", "InsCLR"): {
+        "margin": 0.4, "neighbours": 3, "pool_size": 500, "pool_every_n_epochs": 0, "memory_size": 100_000,
+        "memory_weight": 1.0, "exclude_nearest": 50,
+    },
+    ("memory", "MiningConfig"): {
+        "in_batch": 0.6, "in_batch_relative": False, "always_keep": 0, "positive": 0.75, "negative": 0.5,
+        "query": "b+i", "rounds": 4, "score": "avg", "hit": 0.6, "pick": 5, "pick_score": 0.65,
+    },
+    ("modules", "RCML"): {
+        "keep_start": 0.6, "keep_end": 0.6, "alpha": 0.2, "beta": 0.8, "disparity_weight": 1.0,
+        "consistency_weight": 0.1, "sigma": 10000.0, "swap": True, "flip_rate": 0.0,
+    },
+    ("modules", "JoCoR"): {
+        "co_lambda": 0.1, "ramp_epochs": 10, "exponent": 1.0, "choose": "sample",
+    },
+    ("modules.two_networks", "TwoNetworks"): {"evaluate": "mean"},
+    ("callbacks", "OnlineKNN"): {"k": 20, "temperature": 0.07, "mode": "exact", "label": "given"},
+    ("metrics", "KNNClassifier"): {"k": 20, "temperature": 0.07},
+    ("metrics.health", "alignment"): {"alpha": 2.0},
+    ("metrics.health", "uniformity"): {"t": 2.0},
+    ("optim", "LARS"): {
+        "momentum": 0.9, "trust_coefficient": 1e-3, "trust": "joint", "lr_in_momentum": False, "clip": False,
+        "adapt": True,
+    },
+    ("optim", "OptimizerConfig"): {"momentum": 0.9, "loss_weight_decay": 0.0, "decay_all": False},
+    ("optim", "ScheduleConfig"): {"name": "cosine", "warmup_steps": 0.05, "min_lr_ratio": 0.0},
+    ("data", "BigEarthNetDataModule"): {
+        "nomenclature": 19, "bands": "s2", "keep_snow_and_cloud": False, "resample": "bilinear",
+        "band_statistics": "published",
+    },
+}  # fmt: skip
 METHODS = {
     ("memory", "FeatureQueue", "enqueue"): ["z", "label", "index"],
     ("memory", "FeatureQueue", "get"): [],
@@ -161,6 +222,12 @@ def test_promised_signature(module, name):
         return  # what follows required names may be required, too (stats, loss functions)
     extra = list(found.values())[len(promised) :] if promised else []
     assert [p.name for p in extra if p.default is REQUIRED and p.kind not in free] == []
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLISHED, ids=[f"{m}.{n}" for m, n in PUBLISHED])
+def test_published_settings_are_the_defaults(module, name):
+    found = inspect.signature(public(module, name)).parameters
+    assert {key: found[key].default for key in PUBLISHED[module, name]} == PUBLISHED[module, name]
 
 
 @pytest.mark.parametrize(("module", "name", "method"), METHODS)

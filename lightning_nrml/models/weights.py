@@ -21,7 +21,7 @@ OPTIONAL = "num_batches_tracked"
 
 def load_weights(
     module: nn.Module, path: str | Path, argument: str = "init_weights", made_anew: Collection[str] = ()
-) -> None:
+) -> set[str]:
     """Start ``module`` from saved weights of a backbone, of an embedding net, or of a checkpoint.
 
     Reads ``.npz`` (arrays by parameter name), Lightning checkpoints (``state_dict`` inside) and plain
@@ -38,6 +38,9 @@ def load_weights(
         argument: what the user calls ``path``, for messages.
         made_anew: parts of ``module`` that a Lightning checkpoint's state is not for: memories, teachers and
             what callbacks have attached, which belong to the run that it is of.
+
+    Returns:
+        Names of ``module``'s state that the file gave.
 
     Raises:
         FileNotFoundError: no such file.
@@ -62,6 +65,7 @@ def load_weights(
             f"{argument} '{path}' does not fit the model: {_shown(wrong, absent, state)}. {_mend(wrong)}"
         )
     module.load_state_dict(found, strict=False)
+    return set(found)
 
 
 def load_backbone(backbone: nn.Module, path: str | Path, argument: str = "backbone_ckpt") -> None:

@@ -126,7 +126,11 @@ class EmbeddingModule(LightningModule):
     def on_fit_start(self) -> None:
         """Apply start weights, unless the run resumes (Lightning does not know that in ``setup`` yet)."""
         if self.init_weights and self.trainer.ckpt_path is None:
-            load_weights(self, self.init_weights, made_anew=(*ATTACHED, *self.made_anew))
+            self.start_from(self.init_weights)
+
+    def start_from(self, path: str) -> set[str]:
+        """Read start weights, see :func:`.load_weights`; names of the state that the file gave."""
+        return load_weights(self, path, made_anew=(*ATTACHED, *self.made_anew))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed by (seed, epoch, batch, rank): dropout is the same after a resume at any point."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +80,8 @@ class MultiLabel(MultiLabelModule):
             :class:`~lightning_nrml.losses.MultiLabelSATLoss`; ``gamma_neg``, ``gamma_pos``, ``clip`` of
             :class:`~lightning_nrml.losses.MultiLabelASLLoss`.
     """
+
+    made_anew: ClassVar[tuple[str, ...]] = ("loss",)  # all that these losses hold are targets of one run
 
     def __init__(
         self,

@@ -55,11 +55,12 @@ class TwoNetworks(MultiLabelModule):
         if self.compile_backbone and stage == "fit":
             self.backbone_2.compile()
 
-    def on_fit_start(self) -> None:
-        """Start weights of the backbone serve both networks; their classifiers differ."""
-        super().on_fit_start()
-        if self.init_weights and self.trainer.ckpt_path is None:
+    def start_from(self, path: str) -> set[str]:
+        """Weights of one backbone serve both networks; those of two networks go to each its own."""
+        names = super().start_from(path)
+        if not any(name.startswith("backbone_2.") for name in names):
             self.backbone_2.load_state_dict(self.backbone.state_dict())
+        return names
 
     def predictions(self, x: Tensor) -> dict[str, Tensor]:
         """``embedding (B, D)`` of unit rows and the three probabilities ``(B, L)``."""

@@ -27,7 +27,8 @@ class LARS(Optimizer):
     SimCLR, ``buffer = momentum * buffer + lr t u`` and ``w -= buffer`` (equal only while ``lr`` is constant).
 
     Unlike timm's, it also adapts at weight decay 0; which parameters are not adapted is said by the group
-    key ``adapt`` alone. :func:`.create_optimizer` sets it to False for biases and norm parameters.
+    key ``adapt`` alone. :func:`.create_optimizer` sets it to False for biases, norm parameters and the loss's
+    own ones.
 
     Args:
         params: parameters or groups; a group may hold ``adapt: bool``.

@@ -47,6 +47,27 @@ def test_exact_equals_the_classifier_on_the_whole_train_split(tmp_path: Path, la
     assert 0.5 < top1 < top5 < 1
 
 
+def test_images_of_no_class_have_no_vote_and_absent_classes_get_none(tmp_path: Path) -> None:
+    """A true label of -1 is "none of the classes"; a class without a voter is not even the fifth answer."""
+    net, data = module(), digits()
+    clean = data.splits.train.clean_label
+    clean[clean > 2] = -1
+    run = trainer(tmp_path, 1, [OnlineKNN(label="clean")])
+    run.validate(net, data, verbose=False)
+    bank, _ = embed_all(net, data, data.embed_dataloader())
+    query, val = embed_all(net, data, data.val_dataloader())
+    known = torch.as_tensor(clean) >= 0
+    knn = KNNClassifier().fit(bank[known], torch.as_tensor(clean)[known])
+    winner, shares = knn.predict_scores(query)
+    found = shares.gather(1, val["label"].clamp(max=2)[:, None])[:, 0] > 0
+    top5 = float((found & (val["label"] <= 2)).float().mean())
+    assert float(run.callback_metrics["val/knn_top1"]) == pytest.approx(
+        float((winner == val["label"]).float().mean())
+    )
+    assert float(run.callback_metrics["val/knn_top5"]) == pytest.approx(top5)
+    assert 0.1 < top5 < 0.35
+
+
 def test_noisy_labels_vote_unless_told_otherwise(tmp_path: Path) -> None:
     net, data = module(), digits()  # half of the labels are wrong
     values = []
@@ -107,15 +128,17 @@ class Seen(L.Callback):
             self.rows.setdefault(trainer.current_epoch, {})[i] = z
 
 
-def test_running_votes_with_the_embeddings_of_the_newest_epoch_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["given", "clean"])
+def test_running_votes_with_the_embeddings_of_the_newest_epoch_only(tmp_path: Path, label: str) -> None:
     net, data, seen = module(), digits(), Seen()
-    run = trainer(tmp_path, 2, [seen, OnlineKNN(k=5, mode="running")])
+    run = trainer(tmp_path, 2, [seen, OnlineKNN(k=5, mode="running", label=label)])
     run.fit(net, data)
     assert set(seen.rows[0]) - set(seen.rows[1])  # some samples were drawn in the first epoch only
     index = sorted(seen.rows[1])
     bank = torch.stack([seen.rows[1][i] for i in index])
     query, val = embed_all(net, data, data.val_dataloader())
-    predicted = KNNClassifier(5, 0.07).fit(bank, data.train_label[index]).predict(query)
+    bank_label = (data.train_label if label == "given" else data.train_clean_label)[index]
+    predicted = KNNClassifier(5, 0.07).fit(bank, bank_label).predict(query)
     want = float((predicted == val["label"]).float().mean())
     assert float(run.callback_metrics["val/knn_top1"]) == pytest.approx(want)
 

@@ -179,6 +179,12 @@ def test_v2_layout_statistics_and_batches(archive) -> None:
     assert np.array_equal(radar.numpy(), planes(1004, list(S1_SIDES))["VV"]), (
         "of the same patch in every split"
     )
+    mixed = module(root, root / "cache", bands=["VV", "B02"], cache=False).splits.train.images
+    radar, blue = (
+        mixed.subset(np.array([1, 2])).get([0])[0].numpy()
+    )  # of one size, and not in the sets' order
+    assert np.array_equal(radar, planes(1001, list(S1_SIDES))["VV"])
+    assert np.array_equal(blue, planes(1, list(S2_SIDES))["B02"].astype(np.float32))
     mean, std = data.statistics
     assert (mean[12], std[13]) == (STATISTICS["VV"][0], STATISTICS["VH"][1])
     out = data.apply_views({"image": image[None]}, training=False)["image"]
@@ -190,6 +196,23 @@ def test_v2_layout_statistics_and_batches(archive) -> None:
     vv = np.stack([planes(1000 + i, list(S1_SIDES))["VV"] for i in range(3)])
     assert own[0][0] == pytest.approx(vv.mean(), rel=1e-5)
     assert own[1][0] == pytest.approx(vv.std(), rel=1e-5)
+
+
+def test_kept_statistics_are_those_of_the_bands_in_their_order_and_of_the_resampling(archive) -> None:
+    pytest.importorskip("lmdb", reason=NO_LMDB)
+    from safetensors.numpy import save
+
+    root, s2, _ = archive
+    write_lmdb(root / "ben.lmdb", {name: save(planes(i, list(S2_SIDES))) for i, name in enumerate(s2)})
+
+    def found(bands: list[str], resample: str = "bilinear") -> np.ndarray:
+        options = {"resample": resample, "band_statistics": "train", "lmdb": "ben.lmdb"}
+        return np.asarray(module(root, root / "cache", bands=bands, **options).statistics)
+
+    one = found(["B02", "B05"])
+    np.testing.assert_allclose(found(["B05", "B02"]), one[:, ::-1])
+    assert found(["B02", "B05"], "nearest")[1, 1] > 1.1 * one[1, 1], "a mean of pixels varies less"
+    bigearthnet_source._close_all()
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -280,12 +303,13 @@ def test_what_is_left_out(tmp_path) -> None:
     data = module(tmp_path, tmp_path / "cache", nomenclature=43)
     assert data.train_paths == s2[:6]
     (tmp_path / "patches_with_seasonal_snow.csv").write_text(f"{s2[1]}\nS2A_elsewhere\n")
+    (tmp_path / "patches_with_cloud_and_shadow.csv").write_text(s2[5])
     (tmp_path / "mine.csv").write_text(s2[4])
     (tmp_path / "val.csv").write_text(s2[9])  # the last one of the archive
     data = module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["mine.csv"])
-    assert data.train_paths == [s2[i] for i in (0, 2, 3, 5)]
+    assert data.train_paths == [s2[i] for i in (0, 2, 3)]
     assert data.splits.val.paths == [s2[9]]
-    assert data.train_label.argmax(1).tolist() == [0, 2, 3, 5]
+    assert data.train_label.argmax(1).tolist() == [0, 2, 3]
     keep = module(tmp_path, tmp_path / "cache", nomenclature=43, keep_snow_and_cloud=True)
     assert keep.train_paths == s2[:6]
 

@@ -66,7 +66,7 @@ def test_teacher_keeps_its_own_batch_statistics_and_has_no_gradient() -> None:
     moved = student[1].running_mean.clone()
     teacher.update(student, 0.0)
     assert not teacher.module[1].running_mean.any()
-    out = teacher(x)
+    out = teacher(x.requires_grad_())
     torch.testing.assert_close(teacher.module[1].running_mean, moved)
     assert not out.requires_grad
     assert not any(p.requires_grad for p in teacher.parameters())

@@ -19,6 +19,7 @@ from lightning_nrml.memory.mining import mine
 from lightning_nrml.metrics.search import topk_search
 from lightning_nrml.modules import InsCLR, MetricLearning
 from lightning_nrml.modules.full_pass import embed_train_split
+from lightning_nrml.types import FilterContext, Selection
 
 sys.path.insert(0, str(Path(__file__).parent))
 from insclr_runs import DIGITS, batch_of, digits, module, prepared
@@ -42,7 +43,7 @@ def slow_loss(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, margin: float = 0.
 
 @pytest.mark.parametrize("stage", ["base", "impr"])
 def test_step_is_batch_loss_plus_memory_loss_with_their_gradients(stage: str) -> None:
-    net, image = prepared(module(stage=stage, memory_weight=0.7, exclude_nearest=6))
+    net, image = prepared(module(stage=stage, memory_weight=0.7, exclude_nearest=6, margin=0.3))
     batch = batch_of(net, image, [0, 9, 18, 27])
     out = net.step(batch)
     parts = out.loss_fn(None)
@@ -77,13 +78,15 @@ def test_step_is_batch_loss_plus_memory_loss_with_their_gradients(stage: str) ->
 
     bank = twin.bank.embedding[rows].double()
     known = label > 0
-    expected = slow_loss(z, label, z, label) + 0.7 * slow_loss(z[known], label[known], bank, claim)
+    expected = slow_loss(z, label, z, label, 0.3) + 0.7 * slow_loss(z[known], label[known], bank, claim, 0.3)
     assert float(parts["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     parts["loss"].backward()
     expected.backward()
     for one, two in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
     assert not any(b.requires_grad for b in net.buffers())
+    if stage == "impr":
+        assert float(parts["memory_positives"]) == pytest.approx(int((claim <= 4).sum()) / 4)  # per anchor
     assert float(parts["kept_neighbours"]) == pytest.approx(float(known.view(4, 4)[:, 1:].float().mean()))
 
 
@@ -114,8 +117,24 @@ def test_the_plain_pass_moves_no_batch_norm_and_wakes_no_frozen_one() -> None:
     assert torch.equal(net.backbone.body[1].running_mean, frozen)
 
 
+def test_memory_without_negatives_and_rows_that_a_bank_lacks() -> None:
+    net, image = prepared(module(memory_negatives=False))
+    batch = batch_of(net, image, [0, 9, 18])
+    claim = net.step(batch).extras["memory_label"]
+    assert len(claim) > 3
+    assert int(claim.max()) <= 3
+    net.memory_negatives = True
+    for bank in (net.bank, net.plain_bank):  # a feature that was not finite was not written
+        assert bool((net.step(batch).extras["memory_index"] % 2 == 1).any())
+        bank.epoch_seen[1::2] = -1
+        rows = net.step(batch).extras["memory_index"]
+        assert len(rows) > 0
+        assert bool((rows % 2 == 0).all())
+        bank.epoch_seen[1::2] = 0
+
+
 def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -> None:
-    net, image = prepared(module())
+    net, image = prepared(module(memory_write_start=9))  # which is of stage base
     batch = batch_of(net, image, [0, 9, 18])
     before = net.bank.embedding.clone()
     out = net.step(batch)
@@ -135,9 +154,37 @@ def test_own_features_are_never_read_and_are_written_after_the_backward_pass() -
     assert torch.equal(net.bank.embedding[others], before[others])
 
 
-def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected() -> None:
-    net, image = prepared(module(stage="base"))
+def test_rows_that_a_filter_drops_enter_no_bank() -> None:
+    net, image = prepared(module())
     batch = batch_of(net, image, [0, 9])
+    index, rows = batch["index"], F.normalize(net.step(batch).embedding.detach(), dim=1)
+    before = {name: getattr(net, name).embedding.clone() for name in ("bank", "plain_bank")}
+    weight = (torch.arange(8) < 4).float()
+    net.remember(FilterContext(rows, batch["label"], index), Selection(weight, weight, torch.tensor(0.5), {}))
+    only = [i for i in index[4:].tolist() if i not in index[:4].tolist()]
+    for name, old in before.items():
+        new = getattr(net, name).embedding
+        assert torch.equal(new[only], old[only])
+        assert bool((new[index[:4]] != old[index[:4]]).any(dim=1).all())
+
+
+def test_random_rows_of_the_memory_change_with_batch_and_seed(monkeypatch) -> None:
+    net, image = prepared(module(stage="base", memory_size=20, exclude_nearest=3))
+    batch, drawn = batch_of(net, image, [0, 9]), []
+    for seed, number in ((7, 0), (7, 1), (8, 0), (7, 0)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        net.on_train_batch_start(batch, number)
+        drawn.append(net.step(batch).extras["memory_index"].tolist())
+    assert drawn[0] == drawn[3]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize("stage", ["base", "impr"])
+def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected(stage: str) -> None:
+    net, image = prepared(module(stage=stage, mining={"in_batch": -1.0}))
+    batch = batch_of(net, image, [0, 9])
+    batch["index"][5:8] = batch["index"][5:8].flip(0)  # neighbours in any order are neighbours
     stranger = next(i for i in range(80) if i not in {*net.pool.neighbour[0, :3].tolist(), 0})
     batch["index"][2], batch["index"][3] = stranger, 0
     assert net.step(batch).extras["group_label"].tolist() == [1, 1, -1, 1, 2, 2, 2, 2]
@@ -161,6 +208,7 @@ def test_a_nan_feature_of_a_plain_image_rejects_it() -> None:
 def test_weights_of_a_filter_leave_rows_out() -> None:
     net, image = prepared(module(stage="base"))
     batch = batch_of(net, image, [0, 9])
+    batch["index"][2] = next(i for i in range(80) if i not in {*net.pool.neighbour[0, :3].tolist(), 0})
     weight = torch.tensor([1.0, 0, 1, 1, 1, 1, 0, 1])
     out = net.step(batch)
     parts = out.loss_fn(weight)
@@ -173,6 +221,8 @@ def test_weights_of_a_filter_leave_rows_out() -> None:
         atol=1e-6,
     )
     bank = net.bank.embedding[out.extras["memory_index"]].double()
+    assert label.tolist() == [1, 1, -1, 1, 2, 2, 2, 2]
+    on &= label > 0  # a rejected image does not meet the memory
     want = slow_loss(z[on], label[on], bank, out.extras["memory_label"])
     torch.testing.assert_close(parts["memory_loss"].detach().double(), want, rtol=1e-5, atol=1e-6)
 
@@ -251,6 +301,8 @@ def test_the_pool_is_the_exact_search_and_is_rebuilt_by_rule(tmp_path: Path) -> 
     z = embed_train_split(fresh)
     value, index = topk_search(z, z, 20, exclude=torch.arange(len(z)), backend="faiss")
     torch.testing.assert_close(watch.start["pool.similarity"], value)
+    for bank in ("bank", "plain_bank"):  # filled by the same pass
+        torch.testing.assert_close(watch.start[f"{bank}.embedding"], z)
     assert float((watch.start["pool.neighbour"] == index).float().mean()) > 0.99  # ties may swap
 
 
@@ -304,6 +356,23 @@ def test_checkpoints_serve_elsewhere(tmp_path: Path) -> None:
     start.on_train_batch_end = lambda *_: None  # type: ignore[method-assign]
     trainer(tmp_path / "other", 1, [start], limit_train_batches=1, limit_val_batches=0).fit(other, digits())
     assert torch.equal(start.start["head.weight"], net.head.weight)
+
+
+def test_a_resumed_run_does_not_read_its_start_weights_again(tmp_path: Path) -> None:
+    first, _, _ = _fit(tmp_path, 1, 2)
+    begin = str(tmp_path / "step=2.ckpt")
+    _fit(tmp_path / "tuned", 1, 2, init_weights=begin)
+    saved = tmp_path / "tuned" / "step=2.ckpt"
+    keys = torch.load(saved, weights_only=False)["state_dict"]
+    assert not torch.equal(keys["head.weight"], first.head.weight)
+    _, _, watch = _fit(tmp_path / "more", 2, 2, saved, init_weights=begin)
+    assert_same_state(watch.restored, keys)
+
+
+def test_the_pool_of_every_epoch_is_its_own(tmp_path: Path) -> None:
+    net, _, watch = _fit(tmp_path, 2, 1, pool_every_n_epochs=1)
+    assert int(net.pool.epoch) == 1
+    assert not torch.equal(*watch.near)
 
 
 class _OneImage(torch.nn.Module):

@@ -71,6 +71,26 @@ def test_step_is_the_cross_entropy_of_unnormalised_features_in_inference_mode() 
     assert torch.allclose(net.linear.weight.grad.double(), delta.T @ h.double() / 12, rtol=1e-3, atol=1e-5)
 
 
+def test_batch_norm_standardises_the_features_and_learns_nothing() -> None:
+    """By the batch in training, by running statistics afterwards, without scale and offset."""
+    net = probe(batch_norm=True)
+    torch.nn.init.normal_(net.linear.weight)
+    x = torch.rand(12, 1, 8, 8)
+    h = net.backbone(x).double()
+    mean, var = h.mean(dim=0), h.var(dim=0, correction=0)
+    out = net.train().step({"image": x, "label": torch.zeros(12).long(), "index": torch.arange(12)})
+    weight, bias = net.linear.weight.double(), net.linear.bias.double()
+    want = ((h - mean) / (var + 1e-5).sqrt()) @ weight.T + bias
+    torch.testing.assert_close(out.logits.double(), want, rtol=1e-4, atol=1e-4)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"linear.weight", "linear.bias"}
+    net.eval()
+    later = net.predictions(x)
+    scale = (0.9 + 0.1 * h.var(dim=0) + 1e-5).sqrt()
+    want = ((h - 0.1 * mean) / scale) @ weight.T + bias
+    torch.testing.assert_close(later["logits"].double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(later["embedding"].double(), F.normalize(h, dim=1), rtol=1e-4, atol=1e-6)
+
+
 def test_starts_from_a_training_checkpoint_with_other_parts_in_it(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="pretrained")
     trained = module()  # with head, memory and online probe

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_state, state_of, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_nrml.callbacks import MultiLabelEvaluator
 from lightning_nrml.data import NoiseConfig, NRMLDataModule, Split, Splits
 from lightning_nrml.data.multilabel_noise import apply_multilabel_noise
 from lightning_nrml.data.sources import MemorySource
 from lightning_nrml.data.views import MetricView
+from lightning_nrml.losses import MultiLabelJoCoRLoss, RCMLLoss
 from lightning_nrml.metrics import multilabel_metrics
 from lightning_nrml.modules import RCML, EmbeddingModule, JoCoR, MultiLabel
 from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
@@ -136,6 +137,83 @@ def test_first_step_equals_the_loss_by_hand(tmp_path, name):
         assert float(run.callback_metrics["train/disparity"]) > 0
 
 
+def in_epoch(net: Any, folder: Path, epoch: int, epochs: int = 4) -> Any:
+    """The net in evaluation mode, as it is in an epoch of a run."""
+    net.trainer = trainer(folder, epochs)
+    net.trainer.fit_loop.epoch_progress.current.completed = epoch
+    return net.eval()
+
+
+def some(rows: int = 12) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch, and weights that leave two of its images out."""
+    g = torch.Generator().manual_seed(3)
+    label = (torch.rand(rows, LABELS, generator=g) < 0.4).long()
+    batch = {"image": torch.rand(rows, 1, 8, 8, generator=g), "label": label, "index": torch.arange(rows)}
+    return batch, (torch.arange(rows) > 1).float()
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_rcml_step_is_its_loss_with_its_settings_in_every_epoch(tmp_path, swap):
+    own = {"alpha": 0.9, "beta": 0.3, "disparity_weight": 0.7, "consistency_weight": 0.4, "sigma": 2.0}
+    net = module("rcml", **own, swap=swap, keep_start=1.0, keep_end=0.2, flip_rate=0.5, flip_start=2)
+    assert (net.loss.alpha, net.loss.beta) == (0.9, 0.3)
+    loss, (batch, weight) = RCMLLoss(**own, swap=swap), some()
+    net.eval()
+    torch.manual_seed(1)
+    for part, backbone in ((net.classifier, net.backbone), (net.classifier_2, net.backbone_2)):
+        torch.nn.init.normal_(part.weight)  # so that images differ, and the two nets disagree
+        part.bias.data = -(backbone(batch["image"]) @ part.weight.T).mean(dim=0).detach()
+    x, label, first = batch["image"], batch["label"], net.backbone.body[0].weight
+    for epoch, rate, flip in ((0, 1.0, 0.0), (1, 0.8, 0.0), (2, 0.6, 0.5)):
+        out = in_epoch(net, tmp_path, epoch).step(batch)
+        got = out.loss_fn(weight)
+        early = [b.body[:3](x) for b in (net.backbone, net.backbone_2)]
+        z1, z2 = net.classifier(net.backbone(x)), net.classifier_2(net.backbone_2(x))
+        want = loss.terms(z1, z2, label, *early, rate, weight, flip)
+        for key in ("loss", "loss_1", "loss_2", "consistency", "disparity", "flipped"):
+            torch.testing.assert_close(got[key], want[key], msg=f"{key} in epoch {epoch}")
+        torch.testing.assert_close(
+            torch.autograd.grad(got["loss"], first)[0], torch.autograd.grad(want["loss"], first)[0]
+        )
+        torch.testing.assert_close(out.logits, (z1 + z2) / 2)
+        torch.testing.assert_close(out.embedding, net.backbone(x))
+        assert epoch != 1 or not torch.equal(want["kept_1"], want["kept_2"])
+    assert int(want["flipped"]) > 0
+    assert module("rcml", disparity_weight=0.0, feature_layer=None).feature_layer is None
+
+
+@pytest.mark.parametrize("choose", ["sample", "entry"])
+def test_jocor_step_is_its_loss_with_its_settings(tmp_path, choose):
+    net = module("jocor", co_lambda=0.4, forget_rate=0.5, ramp_epochs=3, exponent=0.5, choose=choose)
+    batch, weight = some()
+    out = in_epoch(net, tmp_path, 1).step(batch)
+    got, rate = out.loss_fn(weight), 0.5 * 0.5**0.5  # half way to .5 ** .5
+    z1 = net.classifier(net.backbone(batch["image"]))
+    z2 = net.classifier_2(net.backbone_2(batch["image"]))
+    loss = MultiLabelJoCoRLoss(0.4, choose=choose)
+    want, kept = loss.terms(z1, z2, batch["label"], weight, rate)
+    torch.testing.assert_close(got["loss"], want)
+    assert float(got["forget_rate"]) == pytest.approx(rate)
+    positive = batch["label"] > 0
+    assert float(got["kept_positives"]) == pytest.approx(float(kept[positive].float().mean()))
+    torch.testing.assert_close(out.logits, (z1 + z2) / 2)
+
+
+def test_weights_reach_the_loss_of_one_network(tmp_path):
+    batch, weight = some()
+    net = in_epoch(module("bce"), tmp_path, 0)
+    z = net.classifier(net.backbone(batch["image"]))
+    entries = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, batch["label"].float(), reduction="none"
+    )
+    torch.testing.assert_close(net.step(batch).loss_fn(weight), entries[weight > 0].mean())
+    found = net.predictions(batch["image"])
+    torch.testing.assert_close(found["probability"], 1 / (1 + (-z).exp()))
+    torch.testing.assert_close(
+        found["embedding"], torch.nn.functional.normalize(net.backbone(batch["image"]))
+    )
+
+
 def test_sat_does_not_add_errors_to_the_labels(tmp_path):
     net, _ = fit(tmp_path, "sat")
     noisy, clean = data().train_label, data().train_clean_label
@@ -168,6 +246,57 @@ def test_test_run_uses_the_thresholds_of_the_validation(tmp_path):
     assert fresh.class_threshold.tolist() == saved["class_threshold"]
     assert saved["class_threshold"] != evaluator.class_threshold.tolist()
     assert fresh.last == last != saved["last"]
+
+
+def saved_by(folder: Path, net: Any) -> str:
+    """A Lightning checkpoint of a net."""
+    run = trainer(folder, 1, limit_train_batches=1, limit_val_batches=0)
+    run.fit(net, data())
+    run.save_checkpoint(folder / "start.ckpt")
+    return str(folder / "start.ckpt")
+
+
+class _Start(Callback):
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.state = state_of(pl_module)
+
+
+def started(folder: Path, net: Any, source: Any = None) -> dict[str, torch.Tensor]:
+    """The state with which a training begins."""
+    start = _Start()
+    trainer(folder, 1, [start], limit_train_batches=1, limit_val_batches=0).fit(net, source or data())
+    return start.state
+
+
+@pytest.mark.parametrize("name", ["jocor", "rcml"])
+def test_start_weights_of_one_network_serve_both_and_those_of_two_each_its_own(tmp_path, name):
+    whole = saved_by(tmp_path, module(name))
+    saved = torch.load(whole, weights_only=False)["state_dict"]
+    assert_same_state(started(tmp_path, module(name, init_weights=whole)), saved)
+    torch.save({k: v for k, v in saved.items() if k.startswith("backbone.")}, tmp_path / "one.pt")
+    state = started(tmp_path, module(name, init_weights=str(tmp_path / "one.pt")))
+    for key, value in saved.items():
+        if key.startswith("backbone."):
+            assert torch.equal(state[key], value)
+            assert torch.equal(state[key.replace("backbone.", "backbone_2.")], value)
+    assert not torch.equal(state["classifier.weight"], state["classifier_2.weight"])
+
+
+@pytest.mark.parametrize("name", ["elr", "sat"])
+def test_start_weights_bring_no_targets_of_another_run(tmp_path, name):
+    """They belong to its images and labels, of which there may be another number."""
+    net = module(name, loss_kwargs={"warmup_epochs": 0} if name == "sat" else {})
+    path = saved_by(tmp_path, net)
+    assert bool((net.loss.target > 0).any())
+    for rows in (96, 60):
+        fewer = data()
+        fewer.splits.train = fewer.splits.train.subset(np.arange(rows))
+        fewer._train_keep = torch.ones(rows, dtype=torch.bool)
+        state = started(tmp_path, module(name, init_weights=path), fewer)
+        assert torch.equal(state["classifier.weight"], net.classifier.weight)
+        empty = state["loss.target"]
+        assert empty.shape == (rows, LABELS)
+        assert bool((empty.isnan() if name == "sat" else empty == 0).all())
 
 
 class Unvalidated(Squares):
@@ -213,6 +342,12 @@ def test_two_networks_differ_and_each_can_be_asked():
         assert torch.equal(out["first"]["probability"], one)
         assert torch.equal(out["second"]["probability"], two)
         assert torch.equal(out["mean"]["probability"], (one + two) / 2)
+        torch.testing.assert_close(out["mean"]["embedding"].norm(dim=1), torch.ones(5))
+        torch.testing.assert_close(out["mean"]["embedding"], out["first"]["embedding"])
+        mean = module(name, in_channels=3, channels_last=True)
+        assert mean.to_backbone() is mean.backbone
+        mean.setup("fit")
+        assert mean.backbone_2.body[0].weight.is_contiguous(memory_format=torch.channels_last)
         second = module(name, evaluate="second").eval()
         assert second.to_backbone() is second.backbone_2
         assert torch.equal(second.embed(x), out["second"]["embedding"])

@@ -79,14 +79,15 @@ def test_simclr_step_is_the_papers_loss_with_the_chosen_batch_statistics(joint: 
     assert out.embedding.shape == (6, net.embedding_dim)
 
 
-def test_byol_step_and_its_gradients() -> None:
-    net, batch = module("BYOL"), _batch()
+@pytest.mark.parametrize("joint", [False, True])
+def test_byol_step_and_its_gradients(joint: bool) -> None:
+    net, batch = module("BYOL", joint_views=joint), _batch()
     for p in net.teacher.parameters():
         p.data += 0.1 * torch.randn_like(p)
     loss = net.step(batch).loss_fn(None)["loss"]
-    a, b = batch["views"]
-    p = [_unit(net.predictor(net.projector(net.backbone(v)))) for v in (a, b)]
-    t = [_unit(net.teacher(v)) for v in (a, b)]
+    views = [torch.cat(batch["views"])] if joint else batch["views"]
+    p = _unit(torch.cat([net.predictor(net.projector(net.backbone(v))) for v in views])).chunk(2)
+    t = _unit(torch.cat([net.teacher(v) for v in views])).chunk(2)
     expected = (4 - 2 * (p[0] * t[1]).sum(1) - 2 * (p[1] * t[0]).sum(1)).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     loss.backward()
@@ -146,6 +147,16 @@ def test_keys_come_back_in_order_and_are_shuffled_over_the_splits() -> None:
         net.keys(view[:11])
 
 
+def test_keys_are_shuffled_anew_in_every_batch() -> None:
+    net, batch = module("MoCo", bn_splits=3), _batch()
+    keys = []
+    for number in (0, 1, 0):
+        net.on_train_batch_start(batch, number)
+        keys.append(net.keys(batch["views"][1]))
+    torch.testing.assert_close(keys[2], keys[0])
+    assert (keys[1] - keys[0]).abs().max() > 1e-3  # other images share their batch statistics
+
+
 def test_mochi_is_moco_until_the_warm_up_is_over(tmp_path: Path) -> None:
     plain, mixed, batch = module("MoCo"), module("MoCHi", warmup_epochs=1), _batch()
     later = module("MoCHi", warmup_epochs=0)
@@ -154,6 +165,10 @@ def test_mochi_is_moco_until_the_warm_up_is_over(tmp_path: Path) -> None:
     assert float(later.step(batch).loss_fn(None).detach()) > float(loss.detach())
     mixed = module("MoCHi", num_hard=21, num_mixed=8, num_query_mixed=4).mixed_loss
     assert (mixed.num_hard, mixed.num_mixed, mixed.num_query_mixed) == (21, 8, 4)
+    cold = {"temperature": 0.5, "num_hard": 100}  # the whole queue may be hard
+    plain, unmixed = module("MoCo", temperature=0.5), module("MoCHi", warmup_epochs=0, num_mixed=0, **cold)
+    unmixed.mixed_loss.num_query_mixed = 0
+    assert torch.equal(unmixed.step(batch).loss_fn(None), plain.step(batch).loss_fn(None))
     with pytest.raises(ValueError, match="num_hard is 101, more than the 100 keys"):
         module("MoCHi", num_hard=101)
 
@@ -176,6 +191,64 @@ def test_swav_groups_crops_by_size_and_codes_with_the_queue() -> None:
         every = sinkhorn(torch.cat([net.queues[1].embedding @ net.prototypes.weight.T, scores]))
     torch.testing.assert_close(net.codes(scores, 1), every[64:])
     torch.testing.assert_close(net.codes(scores, 0), sinkhorn(scores))
+
+
+def test_swav_step_is_the_papers_loss_with_its_settings() -> None:
+    """Two large and two small crops, a full queue for each large one; codes by the card's loop."""
+    options = {"temperature": 0.3, "epsilon": 0.2, "sinkhorn_iterations": 7, "queue_start_epoch": 0}
+    net, batch = module("SwAV", **options), _batch(6, (8, 8, 6, 6))
+    net.backbone = PooledNet(64)
+    net.eval()
+    torch.manual_seed(1)
+    net.projector[-1].bias.data.normal_()  # so that the crops' projections differ in length, too
+    for queue in net.queues:
+        queue.enqueue(F.normalize(torch.randn(64, 16), dim=1))
+    c = net.prototypes.weight.detach().double()
+    z = [_unit(net.projector(net.backbone(v)).detach()) for v in batch["views"]]
+    codes = []
+    for own, queue in zip(z[:2], net.queues, strict=True):
+        q = (torch.cat([queue.embedding.double(), own]) @ c.T / 0.2).exp().T
+        for _ in range(7):
+            q = q / q.sum(dim=1, keepdim=True)
+            q = q / q.sum(dim=0, keepdim=True)
+        codes.append(q.T[64:])
+    total = 0.0
+    for i, q in enumerate(codes):
+        for v in range(4):
+            if v != i:
+                total -= float((q * (z[v] @ c.T / 0.3).log_softmax(dim=1)).sum(dim=1).mean()) / 3 / 2
+    assert float(net.step(batch).loss_fn(None)) == pytest.approx(total, rel=1e-5)
+    net.on_after_backward()
+    for own, queue in zip(z[:2], net.queues, strict=True):
+        torch.testing.assert_close(queue.embedding[:6].double(), own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_filters_and_callbacks_see_the_features_of_the_first_view(method: str) -> None:
+    net, batch = module(method).eval(), _batch()
+    torch.testing.assert_close(net.step(batch).embedding, net.backbone(batch["views"][0]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_batch_has_random_numbers_of_its_own(method: str, monkeypatch) -> None:
+    """So that dropout is the same after a resume at any point."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    net, drawn = module(method), []
+    for number in (3, 4, 3):
+        net.on_train_batch_start(_batch(), number)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_views_and_teacher_have_the_memory_format_of_the_backbone(channels_last: bool) -> None:
+    net, batch = module("BYOL", in_channels=3, channels_last=channels_last), _batch()
+    views = [view.expand(-1, 3, -1, -1).contiguous() for view in batch["views"]]
+    net.setup("fit")
+    teacher = net.teacher.module[0].body[0].weight
+    for x in (*net._formatted({**batch, "image": views[0], "views": views})["views"], teacher):
+        assert x.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 def test_one_view_is_refused() -> None:
@@ -237,7 +310,7 @@ def test_a_backbone_of_one_size_says_so(method: str) -> None:
 def test_teacher_moves_once_per_optimiser_step_after_the_step(
     tmp_path: Path, method: str, accumulate: int
 ) -> None:
-    _, states = _fit(tmp_path, method, 4, accumulate_grad_batches=accumulate)
+    net, states = _fit(tmp_path, method, 4, accumulate_grad_batches=accumulate)
     key, twin = "teacher.module.0.body.0.weight", "backbone.body.0.weight"
     teacher, total = states[0][key].double(), 4 // accumulate
     assert torch.equal(states[0][key], states[0][twin])
@@ -248,6 +321,8 @@ def test_teacher_moves_once_per_optimiser_step_after_the_step(
             teacher = tau * teacher + (1 - tau) * states[batch][twin].double()
         torch.testing.assert_close(states[batch][key].double(), teacher, rtol=0, atol=3e-7)
     assert not torch.equal(states[4][key], states[0][key])
+    if method == "BYOL":  # logs the momentum of the step that the batch belongs to
+        assert float(net.trainer.callback_metrics["train/tau"]) == pytest.approx(tau, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["BYOL", "MoCo"])

@@ -29,11 +29,11 @@ class _Start(Callback):
         self.state = state_of(pl_module)
 
 
-def _run(folder: Path, method: str, resume: Path | None = None, precision: str = "32-true"):
+def _run(folder: Path, method: str, resume: Path | None = None, precision: str = "32-true", **options):
     saver = ModelCheckpoint(
         folder, "{step}", every_n_train_steps=7, save_top_k=-1, save_on_train_epoch_end=False
     )
-    net, start = module(method), _Start()
+    net, start = module(method, **options), _Start()
     callbacks = [saver, start, OnlineLinearProbe()]
     run = trainer(folder, 3, callbacks, limit_train_batches=5, limit_val_batches=0, precision=precision)
     run.fit(net, digits(method), ckpt_path=resume, weights_only=False if resume else None)
@@ -87,6 +87,13 @@ def test_a_teacher_follows_start_weights_and_the_queue_is_new(tmp_path: Path) ->
     assert torch.equal(state["teacher.module.1.0.weight"], state["projector.0.weight"])
     assert torch.equal(state["queue.embedding"], fresh)
     assert bool((state["queue.index"] == -1).all())
+
+
+def test_a_resumed_run_with_start_weights_keeps_its_own_teacher_and_queue(tmp_path: Path) -> None:
+    _run(tmp_path, "MoCo")
+    begin, saved = str(tmp_path / "step=7.ckpt"), tmp_path / "step=14.ckpt"
+    _, _, restored = _run(tmp_path / "again", "MoCo", saved, init_weights=begin)
+    assert_same_state(restored, torch.load(saved, weights_only=False)["state_dict"])
 
 
 def test_a_resumed_run_does_not_read_its_start_backbone_again(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_momentum_is_handed_on(name: str) -> None:
 def test_decay_all_and_frozen_parameters() -> None:
     net = _net()
     net[0].weight.requires_grad_(False)
-    groups = create_optimizer(OptimizerConfig(decay_all=True, weight_decay=0.3), net).param_groups
+    still = nn.Parameter(torch.zeros(5, 2), requires_grad=False)
+    groups = create_optimizer(OptimizerConfig(decay_all=True, weight_decay=0.3), net, [still]).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(4, 0.3)]
 
 

@@ -68,6 +68,14 @@ def test_biases_and_norms_take_plain_steps_at_any_weight_decay(decay: float) -> 
     )
 
 
+def test_the_losss_own_parameters_keep_their_rate() -> None:
+    """As SimCLR's supervised head: a rate of its own means what it says."""
+    proxies = nn.Parameter(torch.zeros(5, 2))
+    config = OptimizerConfig("lars", 0.6, loss_lr=0.1)
+    groups = create_optimizer(config, nn.Linear(3, 4), [proxies]).param_groups
+    assert [(g["lr"], g["adapt"]) for g in groups] == [(0.6, True), (0.6, False), (0.1, False)]
+
+
 def test_decay_all_adapts_everything() -> None:
     """SwAV's LARC sees biases and norms too."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
