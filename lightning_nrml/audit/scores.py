@@ -36,7 +36,7 @@ CIFAR-10N); T for each label of multi-label data (UC Merced, mixed 40 %: AUROC .
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -92,6 +92,9 @@ class _Problem:
     neighbour: Tensor | None
     affinity: Tensor | None
     centred: bool
+    #: covariance by the fold that is left out, factored; labels have no part in it, so that all questions
+    #: about the same rows share it
+    factored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +268,19 @@ def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int
 # ---- evidence --------------------------------------------------------------------------------------
 
 
-def _means(problem: _Problem, use: Tensor) -> _Means:
-    """What the samples ``use`` tell about the classes."""
+def _factored(problem: _Problem, fold: int, row: Tensor, grand: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors of the covariance of ``row``, all samples but those of ``fold``, with mean ``grand``."""
+    if fold not in problem.factored:
+        spread = (row.T @ row).double() / len(row) - torch.outer(grand, grand).double()
+        spread.diagonal().add_(_SHRINKAGE * spread.trace() / row.shape[1] + 1e-12)
+        factors, pivots = torch.linalg.lu_factor(spread)
+        problem.factored[fold] = factors, pivots
+    return problem.factored[fold]
+
+
+def _means(problem: _Problem, fold: int) -> _Means:
+    """What the samples of all folds but ``fold`` tell about the classes."""
+    use = problem.fold != fold
     size = (problem.num_classes, problem.row.shape[1])
     row, label = problem.row[use], problem.label[use]
     total = row.new_zeros(size).index_add_(0, label, row)
@@ -274,10 +288,8 @@ def _means(problem: _Problem, use: Tensor) -> _Means:
     grand = row.mean(0)
     # of a class that all voters have only rounding errors would be left
     apart = (total - mass[:, None] * grand) * (mass < len(row))[:, None]
-    spread = (row.T @ row).double() / len(row) - torch.outer(grand, grand).double()
-    spread.diagonal().add_(_SHRINKAGE * spread.trace() / size[1] + 1e-12)
     mean = (apart / mass.clamp_min(1)[:, None]).double()
-    weight = torch.linalg.solve(spread, mean.T).T
+    weight = torch.linalg.lu_solve(*_factored(problem, fold, row, grand), mean.T).T
     offset = ((mean * weight).sum(1) / 2).float()
     count = problem.label.bincount(minlength=size[0])
     silent = (count > 0) & (mass == 0) if problem.centred else count == 1
@@ -309,7 +321,7 @@ def _sample(problem: _Problem) -> tuple[Tensor, Tensor]:
     parts, labels = [], []
     for fold in range(problem.num_folds):
         chosen = rows[problem.fold[rows] == fold]
-        means = _means(problem, problem.fold != fold)
+        means = _means(problem, fold)
         chosen = chosen[~means.silent[problem.label[chosen]]]
         for block in _blocks(problem, chosen):
             parts.append(_evidence(problem, block, means).cpu())
@@ -323,7 +335,7 @@ def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditS
     log_clean = torch.empty_like(problem.row[:, 0])
     suggested, confidence = torch.empty_like(problem.label), torch.empty_like(log_clean)
     for fold in range(problem.num_folds):
-        means = _means(problem, problem.fold != fold)
+        means = _means(problem, fold)
         for rows in _blocks(problem, (problem.fold == fold).nonzero()[:, 0]):
             logits = class_logits(_evidence(problem, rows, means), theta)
             log_p = logits.masked_fill(means.silent, -torch.inf).log_softmax(1)
