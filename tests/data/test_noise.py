@@ -389,7 +389,7 @@ def test_mapping_by_names_of_classes():
     assert apply_noise(label, config, 3, class_names=names).label.tolist() == [1, 0, 1, 0]
 
     def refused(mapping, names=names):
-        with pytest.raises(ValueError, match="noise.mapping") as error:
+        with pytest.raises(ValueError, match=r"noise\.mapping") as error:
             apply_noise(label, NoiseConfig("asymmetric", 0.5, mapping=mapping), 3, class_names=names)
         return str(error.value)
 
