@@ -49,6 +49,8 @@ from lightning_nrml.metrics.search import Backend, prepare_rows, topk_search
 Evidence = Literal["auto", "both", "centres", "knn"]
 #: "auto" leaves neighbours out beyond this many samples on a CPU: exact search is quadratic
 KNN_LIMIT = 200_000
+#: parts of the samples, each judged by the others
+FOLDS = 5
 _FIT_ROWS = 20_000
 _CHUNK_NUMBERS = 1 << 22
 #: numbers of the table that the model is fitted to
@@ -131,6 +133,16 @@ def check_classes(count: int) -> None:
         )
 
 
+def check_samples(count: int, folds: int = FOLDS) -> None:
+    """Refuse fewer samples than folds.
+
+    Raises:
+        ValueError: gives both.
+    """
+    if folds > count:
+        raise ValueError(f"an audit of {folds} folds needs at least as many samples, got {count}.")
+
+
 def audit_scores(
     embedding: Tensor,
     label: Tensor,
@@ -138,7 +150,7 @@ def audit_scores(
     evidence: Evidence = "auto",
     k: int = 20,
     temperature: float = 0.1,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
     backend: Backend = "torch",
 ) -> AuditScores:
@@ -201,7 +213,7 @@ def audit_label_scores(
     label = label.to(row.device, torch.int64)
     if label.ndim != 2 or len(label) != len(row) or bool(((label != 0) & (label != 1)).any()):
         raise ValueError(f"label must be ({len(row)}, L) of 0 and 1, got shape {tuple(label.shape)}.")
-    first = _problem(row, label[:, 0], 2, evidence, k, 0.1, 5, seed, "torch")
+    first = _problem(row, label[:, 0], 2, evidence, k, 0.1, FOLDS, seed, "torch")
     asked = [c for c in range(label.shape[1]) if 0 < int(label[:, c].sum()) < len(row)]
     problems = [replace(first, label=label[:, c]) for c in asked]
     fitted = [fit_noise_model(*_sample(problem), 2) for problem in problems]
@@ -236,8 +248,7 @@ def _problem(
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if folds < 2:
         raise ValueError(f"folds must be 2 to N = {len(row)}, got {folds}.")
-    if folds > len(row):
-        raise ValueError(f"an audit of {folds} folds needs at least as many samples, got {len(row)}.")
+    check_samples(len(row), folds)
     if evidence == "auto":
         evidence = "centres" if len(row) > KNN_LIMIT and row.device.type == "cpu" else "both"
     neighbour = affinity = None
