@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lightning_nrml import __version__
 
@@ -63,15 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(args)
 
 
-def script() -> int:
+def script() -> NoReturn:
     """:func:`main` for the shell: a reader such as ``head`` may close the pipe early."""
     try:
-        return main()
+        code = main()
     except BrokenPipeError:
         # the interpreter flushes once more at exit, which would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code = 1
+    # looked up only now: W&B replaces it in main() to learn whether the run failed, which the
+    # ``sys.exit(script())`` of an installed command, looked up before, would keep from it
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(script())
+    script()

@@ -36,7 +36,7 @@ CIFAR-10N); T for each label of multi-label data (UC Merced, mixed 40 %: AUROC .
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -49,6 +49,8 @@ from lightning_nrml.metrics.search import Backend, prepare_rows, topk_search
 Evidence = Literal["auto", "both", "centres", "knn"]
 #: "auto" leaves neighbours out beyond this many samples on a CPU: exact search is quadratic
 KNN_LIMIT = 200_000
+#: parts of the samples, each judged by the others
+FOLDS = 5
 _FIT_ROWS = 20_000
 _CHUNK_NUMBERS = 1 << 22
 #: numbers of the table that the model is fitted to
@@ -92,6 +94,9 @@ class _Problem:
     neighbour: Tensor | None
     affinity: Tensor | None
     centred: bool
+    #: covariance by the fold that is left out, factored; labels have no part in it, so that all questions
+    #: about the same rows share it
+    factored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,16 @@ def check_classes(count: int) -> None:
         )
 
 
+def check_samples(count: int, folds: int = FOLDS) -> None:
+    """Refuse fewer samples than folds.
+
+    Raises:
+        ValueError: gives both.
+    """
+    if folds > count:
+        raise ValueError(f"an audit of {folds} folds needs at least as many samples, got {count}.")
+
+
 def audit_scores(
     embedding: Tensor,
     label: Tensor,
@@ -135,7 +150,7 @@ def audit_scores(
     evidence: Evidence = "auto",
     k: int = 20,
     temperature: float = 0.1,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
     backend: Backend = "torch",
 ) -> AuditScores:
@@ -198,7 +213,7 @@ def audit_label_scores(
     label = label.to(row.device, torch.int64)
     if label.ndim != 2 or len(label) != len(row) or bool(((label != 0) & (label != 1)).any()):
         raise ValueError(f"label must be ({len(row)}, L) of 0 and 1, got shape {tuple(label.shape)}.")
-    first = _problem(row, label[:, 0], 2, evidence, k, 0.1, 5, seed, "torch")
+    first = _problem(row, label[:, 0], 2, evidence, k, 0.1, FOLDS, seed, "torch")
     asked = [c for c in range(label.shape[1]) if 0 < int(label[:, c].sum()) < len(row)]
     problems = [replace(first, label=label[:, c]) for c in asked]
     fitted = [fit_noise_model(*_sample(problem), 2) for problem in problems]
@@ -233,8 +248,7 @@ def _problem(
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if folds < 2:
         raise ValueError(f"folds must be 2 to N = {len(row)}, got {folds}.")
-    if folds > len(row):
-        raise ValueError(f"an audit of {folds} folds needs at least as many samples, got {len(row)}.")
+    check_samples(len(row), folds)
     if evidence == "auto":
         evidence = "centres" if len(row) > KNN_LIMIT and row.device.type == "cpu" else "both"
     neighbour = affinity = None
@@ -265,8 +279,19 @@ def _checked_classes(row: Tensor, label: Tensor, num_classes: int | None) -> int
 # ---- evidence --------------------------------------------------------------------------------------
 
 
-def _means(problem: _Problem, use: Tensor) -> _Means:
-    """What the samples ``use`` tell about the classes."""
+def _factored(problem: _Problem, fold: int, row: Tensor, grand: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors of the covariance of ``row``, all samples but those of ``fold``, with mean ``grand``."""
+    if fold not in problem.factored:
+        spread = (row.T @ row).double() / len(row) - torch.outer(grand, grand).double()
+        spread.diagonal().add_(_SHRINKAGE * spread.trace() / row.shape[1] + 1e-12)
+        factors, pivots = torch.linalg.lu_factor(spread)
+        problem.factored[fold] = factors, pivots
+    return problem.factored[fold]
+
+
+def _means(problem: _Problem, fold: int) -> _Means:
+    """What the samples of all folds but ``fold`` tell about the classes."""
+    use = problem.fold != fold
     size = (problem.num_classes, problem.row.shape[1])
     row, label = problem.row[use], problem.label[use]
     total = row.new_zeros(size).index_add_(0, label, row)
@@ -274,10 +299,8 @@ def _means(problem: _Problem, use: Tensor) -> _Means:
     grand = row.mean(0)
     # of a class that all voters have only rounding errors would be left
     apart = (total - mass[:, None] * grand) * (mass < len(row))[:, None]
-    spread = (row.T @ row).double() / len(row) - torch.outer(grand, grand).double()
-    spread.diagonal().add_(_SHRINKAGE * spread.trace() / size[1] + 1e-12)
     mean = (apart / mass.clamp_min(1)[:, None]).double()
-    weight = torch.linalg.solve(spread, mean.T).T
+    weight = torch.linalg.lu_solve(*_factored(problem, fold, row, grand), mean.T).T
     offset = ((mean * weight).sum(1) / 2).float()
     count = problem.label.bincount(minlength=size[0])
     silent = (count > 0) & (mass == 0) if problem.centred else count == 1
@@ -309,7 +332,7 @@ def _sample(problem: _Problem) -> tuple[Tensor, Tensor]:
     parts, labels = [], []
     for fold in range(problem.num_folds):
         chosen = rows[problem.fold[rows] == fold]
-        means = _means(problem, problem.fold != fold)
+        means = _means(problem, fold)
         chosen = chosen[~means.silent[problem.label[chosen]]]
         for block in _blocks(problem, chosen):
             parts.append(_evidence(problem, block, means).cpu())
@@ -323,7 +346,7 @@ def _judge(problem: _Problem, theta: Tensor, confusion: Tensor | None) -> AuditS
     log_clean = torch.empty_like(problem.row[:, 0])
     suggested, confidence = torch.empty_like(problem.label), torch.empty_like(log_clean)
     for fold in range(problem.num_folds):
-        means = _means(problem, problem.fold != fold)
+        means = _means(problem, fold)
         for rows in _blocks(problem, (problem.fold == fold).nonzero()[:, 0]):
             logits = class_logits(_evidence(problem, rows, means), theta)
             log_p = logits.masked_fill(means.silent, -torch.inf).log_softmax(1)

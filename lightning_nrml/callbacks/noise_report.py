@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_nrml import distributed
 from lightning_nrml.audit import AuditData, AuditOptions, AuditResult, audit, review_marks
-from lightning_nrml.audit.scores import check_classes
+from lightning_nrml.audit.scores import check_classes, check_samples
 from lightning_nrml.callbacks.embedding import embed
 from lightning_nrml.memory import LabelLedger, SampleLedger
 from lightning_nrml.modules import EmbeddingModule
@@ -140,7 +140,7 @@ def audit_data(datamodule: Any) -> AuditData:
 
     Raises:
         TypeError: it has no train labels or no ``embed_dataloader``.
-        ValueError: it has fewer than two classes.
+        ValueError: it has fewer than two classes, or fewer samples than an audit has folds.
     """
     label = getattr(datamodule, "train_label", None)
     if not isinstance(label, Tensor) or not hasattr(datamodule, "embed_dataloader"):
@@ -148,6 +148,7 @@ def audit_data(datamodule: Any) -> AuditData:
             f"the audit needs a datamodule of lightning_nrml (or one with train_label and embed_dataloader), "
             f"not {type(datamodule).__name__}."
         )
+    check_samples(len(label))
     if label.ndim == 1:
         check_classes(datamodule.num_classes)
     images = datamodule.splits.train.images

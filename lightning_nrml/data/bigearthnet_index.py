@@ -19,6 +19,7 @@ import numpy as np
 
 from lightning_nrml.data.bigearthnet_classes import Nomenclature, class_ids
 from lightning_nrml.data.splits import SPLIT_NAMES
+from lightning_nrml.data.tables import booleans
 from lightning_nrml.files import read_lines, whole_file
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def read_patch_table(
     keep = np.ones(len(s2), dtype=bool)
     for name in ("contains_seasonal_snow", "contains_cloud_or_shadow"):
         if name in columns and not keep_snow_and_cloud:
-            keep &= ~columns[name].to_numpy(zero_copy_only=False).astype(bool)
+            keep &= ~_booleans(columns[name], path, name)
     if countries is not None:
         keep &= _in_countries(columns, path, countries)
     return PatchTable(str(path), s2, label, keep, order, s1, split)
@@ -157,6 +158,12 @@ def _names(column: pa.Array, path: Path, name: str) -> np.ndarray:
         row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise ValueError(f"{path}, column '{name}', row {row}: empty")
     return np.asarray(column.to_pylist(), dtype=np.bytes_)
+
+
+def _booleans(column: pa.Array, path: Path, name: str) -> np.ndarray:
+    """A column of true/false or 1/0, also in words; missing values are false."""
+    marked = column.to_pandas()
+    return booleans(str(path), name, marked.where(marked.notna(), False))
 
 
 def _multi_hot(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightning_nrml.data.bigearthnet_classes import BAND_SETS, S1_SIDES, SIDES
 from lightning_nrml.data.bigearthnet_index import V1_FOLDERS, V2_FOLDERS
 from lightning_nrml.data.extras import import_extra
+from lightning_nrml.data.raster import open_raster
 from lightning_nrml.data.sources import BadImageError, ImageSource
 
 SIDE = 120
@@ -109,7 +110,7 @@ class GeoTiffStore(PatchStore):
                 f"band file {path} is missing; mend or remove the patch, or set on_bad_image: skip"
             )
         try:
-            with rasterio.open(path) as file:
+            with open_raster(path) as file:
                 plane: np.ndarray = file.read(1)
                 nodata = file.nodatavals[0]
         except (rasterio.errors.RasterioError, OSError) as error:

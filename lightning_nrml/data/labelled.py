@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class LabelledData(LightningDataModule):
         if self.noise.kind != "none" or self.noise.table is not None:
             if self.noise.table is not None and self.on_bad_image == "skip":
                 self._absent = splits.train.images.missing()
-            noisy = self.inject_noise(splits.train, splits.num_classes)
+            noisy = self.inject_noise(splits.train, splits.num_classes, splits.class_names)
             if self.noise.table is not None:
                 changed = noisy.label != splits.train.label
                 self.num_changed_labels = int(np.delete(changed, self._absent, axis=0).sum())
@@ -75,7 +76,9 @@ class LabelledData(LightningDataModule):
             warn_of_single_samples(splits.train.label)
         return splits
 
-    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
+    def inject_noise(
+        self, train: Split, num_classes: int, class_names: Sequence[str] | None = None
+    ) -> NoisyLabels:
         """Labels of the train split after ``self.noise``; multi-label sets override this."""
         truth = train.label
         if train.clean_label is not None and self.noise.table is not None:
@@ -88,7 +91,7 @@ class LabelledData(LightningDataModule):
         embedding = None
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
-        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths, self._absent)
+        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths, self._absent, class_names)
         # a data set with true labels knows the truth, whatever the table says
         return noisy if train.clean_label is None else replace(noisy, known=True)
 

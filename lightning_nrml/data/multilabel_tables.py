@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_nrml.data.splits import SPLIT_NAMES
-from lightning_nrml.data.tables import booleans, check_filled, check_header, shown
+from lightning_nrml.data.tables import (
+    booleans,
+    check_filled,
+    check_header,
+    read_csv,
+    read_parquet,
+    shown,
+)
 from lightning_nrml.files import read_lines
 
 if TYPE_CHECKING:
@@ -92,7 +99,6 @@ def read_multilabel_table(
 
 def _read(path: Path, image_column: str | None = None) -> pd.DataFrame:
     """The table with names of columns as text, and the first and ``image_column`` as text in a CSV."""
-    import pandas as pd
 
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".parquet", ".txt", ".tsv"):
@@ -101,11 +107,10 @@ def _read(path: Path, image_column: str | None = None) -> pd.DataFrame:
         raise FileNotFoundError(f"no label table {path}; check path and table")
     try:
         if suffix == ".parquet":
-            return pd.read_parquet(path).rename(columns=str)
+            return read_parquet(path).rename(columns=str)
         separator = "," if suffix == ".csv" else "\t"
         check_header(path, separator)
-        texts = dict.fromkeys((0, image_column or 0), str)  # there may be names such as 007
-        return pd.read_csv(path, sep=separator, dtype=texts, keep_default_na=False, na_values=[""])
+        return read_csv(path, [0, image_column or 0], separator)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a label table: {error}") from error
 

@@ -105,7 +105,8 @@ class NoiseConfig:
             for ``images`` the share of images and of their labels; for ``scores`` the share of the positives
             that get lost. Not used by ``none`` and ``table``.
         seed: not negative; the same seed gives the same labels everywhere.
-        mapping: for ``asymmetric``: wrong class by right class.
+        mapping: for ``asymmetric``: wrong class by right class, by number or, where the data set knows them,
+            by name; what reads as a whole number is a number.
         table: CSV or Parquet label table whose labels replace the dataset's; needs ``kind: none``. Samples
             whose ``keep`` is false are left out of training. The replaced labels count as the truth only if
             the table says so (``clean_label``, or ``clean_known``: true).
@@ -123,7 +124,7 @@ class NoiseConfig:
     kind: NoiseKind | None = None
     rate: float = 0.0
     seed: int = 0
-    mapping: dict[int, int] | None = None
+    mapping: dict[int | str, int | str] | None = None
     table: str | None = None
     column: str = "label"
     additive_rate: float | None = None

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ from lightning_nrml.files import write_text
 
 #: images decoded at a time for statistics
 _CHUNK = 64
+
+
+@contextlib.contextmanager
+def open_raster(path: str) -> Iterator[Any]:
+    """``rasterio.open`` without its warning of files that have no place on earth."""
+    rasterio = import_extra("rasterio", path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        opened = rasterio.open(path)
+    with opened as file:
+        yield file
 
 
 class RasterSource(ImageSource):
@@ -62,7 +74,7 @@ class RasterSource(ImageSource):
         rasterio = import_extra("rasterio", self.paths[0] if len(self.paths) else "rasters")
         for path in self.paths:
             try:
-                with rasterio.open(str(path)) as file:
+                with open_raster(str(path)) as file:
                     return int(file.count), int(file.height), int(file.width)
             except (rasterio.errors.RasterioError, OSError):
                 continue
@@ -101,7 +113,7 @@ class RasterSource(ImageSource):
         """One image as float32 ``(channels, H, W)``."""
         rasterio = import_extra("rasterio", self.paths[row])
         try:
-            with rasterio.open(str(self.paths[row])) as file:
+            with open_raster(str(self.paths[row])) as file:
                 self._check_shape(row, file.count, (file.height, file.width))
                 pixels = file.read(self.bands)
                 nodata = [file.nodatavals[band - 1] for band in self.bands]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ class MultiLabelRemoteSensing(RemoteSensing):
         """The table that ``noise.table`` names: images in the first column, then a 0/1 column per label."""
         return read_multilabel_table(path)
 
-    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
+    def inject_noise(
+        self, train: Split, num_classes: int, class_names: Sequence[str] | None = None
+    ) -> NoisyLabels:
         """Noisy train labels: from the generators, by ``noise.scores``, or from ``noise.table``."""
         assert train.paths is not None
         if self.noise.table is None:

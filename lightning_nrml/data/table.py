@@ -16,7 +16,7 @@ from lightning_nrml.data.decode import Fit
 from lightning_nrml.data.noise import NoisyLabels, renumbering
 from lightning_nrml.data.sources import FileSource
 from lightning_nrml.data.splits import SPLIT_NAMES, Splits, split_by_rows
-from lightning_nrml.data.tables import booleans, check_filled, check_header
+from lightning_nrml.data.tables import booleans, check_filled, check_header, read_csv, read_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,6 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
         FileNotFoundError: no such file.
         ValueError: another suffix, a file that cannot be parsed, or one of these columns twice.
     """
-    import pandas as pd
 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; TableDataModule reads a table of image paths and labels")
@@ -174,11 +173,10 @@ def read_table(path: Path, path_column: str, label_columns: Sequence[str] = ()) 
         raise ValueError(f"{path}: the suffix must be .csv or .parquet")
     try:
         if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path)
-        # a class may be called "NA": only empty cells are missing; an image or a class may be called "007"
-        texts = dict.fromkeys((path_column, *label_columns), str)
-        check_header(path, ",", list(texts))
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts)
+            return read_parquet(path)
+        texts = [path_column, *label_columns]
+        check_header(path, ",", texts)
+        frame = read_csv(path, texts)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     labels = [column for column in label_columns if column in frame.columns]

@@ -17,8 +17,9 @@ The same format carries noisy labels, partially labelled data, pseudo-labels and
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,49 @@ def check_header(path: Path, separator: str, columns: Sequence[str] | None = Non
     """Refuse two columns of one name (of ``columns``), which pandas would call ``cars`` and ``cars.1``."""
     import pandas as pd
 
-    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    head = pd.read_csv(
+        path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False, skipinitialspace=True
+    )
     names = head.iloc[0].tolist()
     seen = [name for name in names if name and (columns is None or name in columns)]
     twice = next((name for name in seen if seen.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"there are {names.count(twice)} columns '{twice}'; rename or remove all but one")
+
+
+def read_csv(path: Path, texts: Iterable[str | int], separator: str = ",") -> pd.DataFrame:
+    """As pandas reads it, but only empty cells are missing (an image or a class may be called "NA").
+
+    Where the header has blanks after its separators (``path, label``), those of all rows do not count.
+
+    Args:
+        path: the file.
+        texts: columns to read as text, for there may be names such as 007.
+        separator: of the cells.
+    """
+    import pandas as pd
+
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+    return pd.read_csv(
+        path,
+        sep=separator,
+        dtype=dict.fromkeys(texts, str),
+        keep_default_na=False,
+        na_values=[""],
+        skipinitialspace=any(name.startswith(" ") for name in header),
+    )
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """As pandas reads it, with names that some programs write as bytes in text."""
+    import pandas as pd
+
+    frame = pd.read_parquet(path)
+    for name in frame.columns[[pd.api.types.is_object_dtype(kind) for kind in frame.dtypes]]:
+        if pd.api.types.infer_dtype(frame[name]) == "bytes":
+            frame[name] = frame[name].str.decode("utf-8")
+    return frame
 
 
 def _integers(source: str, column: str, values: pd.Series, minimum: int) -> np.ndarray:
@@ -158,19 +196,12 @@ def read_label_table(path: str | os.PathLike[str], column: str = "label") -> pd.
         ValueError: unknown suffix, unreadable file, missing column, no rows, or a bad value; the message
             names file, column and row (from 0, without the header).
     """
-    import pandas as pd
-
     path = Path(path).expanduser()
     suffix = _checked_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"label table '{path}' does not exist (working directory: {Path.cwd()})")
     try:
-        if suffix == ".csv":
-            # an image may be called "NA" or "007"
-            kept = {"keep_default_na": False, "na_values": [""], "dtype": {"path": str}}
-            frame = pd.read_csv(path, **kept)  # type: ignore[call-overload]
-        else:
-            frame = pd.read_parquet(path)
+        frame = read_csv(path, ["path"]) if suffix == ".csv" else read_parquet(path)
     except (ValueError, OSError) as error:  # parser errors of pandas and pyarrow are ValueErrors
         raise ValueError(f"label table '{path}' is not readable as {suffix[1:]}: {error}") from error
     return _validated(frame, str(path), column)

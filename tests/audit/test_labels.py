@@ -348,3 +348,15 @@ def test_in_a_browser(found, scene, tmp_path):
     assert np.array_equal(read.label, want.numpy())
     marks = reviewed_entries(saved, described).set_index("index")["mark"].to_dict()
     assert marks == {one: "wrong", two: "right", third: "unsure"}
+
+
+def test_the_covariance_is_worked_out_once_for_all_labels(monkeypatch):
+    """It is the same for every label: with thousands of numbers in an embedding it is most of the work."""
+    done = []
+    for name in ("solve", "lu_factor"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda *a, f=real, **k: (done.append(f), f(*a, **k))[1])
+    generator = torch.Generator().manual_seed(0)
+    label = (torch.rand(60, 6, generator=generator) < 0.4).long()
+    audit_label_scores(torch.randn(60, 8, generator=generator), label)
+    assert len(done) == 5  # folds

@@ -72,6 +72,12 @@ def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> No
     images = np.zeros((40, 8, 8), np.uint8)
     np.savez(tmp_path / "a.npz", image=images, label=np.zeros(40, int), train_class=np.arange(40) < 32)
     one = ArrayDataModule(str(tmp_path / "a.npz"), batch_size=32, m_per_class=32)
+    np.savez(tmp_path / "few.npz", image=images[:5], label=np.arange(5) % 2, train_class=np.arange(5) < 4)
+    few = ArrayDataModule(str(tmp_path / "few.npz"), batch_size=2)
+    run = trainer(tmp_path, 4, [NoiseReport()])
+    with pytest.raises(ValueError, match="an audit of 5 folds needs at least as many samples, got 4"):
+        run.fit(module(), few)
+    assert run.global_step == 0
     with pytest.raises(ValueError, match="the labels have 1 class: an audit asks which other class"):
         trainer(tmp_path, 1, [NoiseReport()]).fit(module(), one)
     with pytest.raises(TypeError, match="the audit needs a datamodule of lightning_nrml"):

@@ -138,7 +138,7 @@ def test_evidence_equals_a_slow_loop():
     near, neighbour = similarity.topk(4)
     problem = _Problem(row, label, fold, 3, 3, neighbour, ((near - near[:, :1]) / 0.1).exp(), True)
     for i in range(n):
-        cosine, tally, linear = _evidence(problem, torch.tensor([i]), _means(problem, fold != fold[i]))
+        cosine, tally, linear = _evidence(problem, torch.tensor([i]), _means(problem, int(fold[i])))
         voters = [j for j in range(n) if fold[j] != fold[i]]
         grand = row[voters].mean(0)
         spread = sum(torch.outer(row[j] - grand, row[j] - grand) for j in voters).double() / len(voters)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import re
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_nrml.__main__ as entry
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
 from lightning_nrml.callbacks.run_card import readable
 from lightning_nrml.cli import NRMLCLI
@@ -468,3 +471,17 @@ def test_a_finished_run_keeps_its_results_when_it_is_resumed(nrml, folder):
     code, _, err = nrml("fit", "--config", "runs/tiny/config.yaml", *more)
     assert code == 0, err
     assert json.loads(results.read_text())["steps"] > json.loads(before)["steps"]
+
+
+def test_exit_code_reaches_who_replaced_sys_exit(monkeypatch):
+    """W&B does so in a run, and calls it finished if the code of a failed run does not come by."""
+    seen = []
+
+    def failing_run():
+        monkeypatch.setattr(sys, "exit", seen.append)
+        return 2
+
+    monkeypatch.setattr(entry, "main", failing_run)
+    with contextlib.suppress(SystemExit):
+        sys.exit(entry.script())  # as the installed command does
+    assert seen == [2]

@@ -35,6 +35,7 @@ from lightning_nrml.data.bigearthnet_classes import (
     STATISTICS,
     TO_19,
 )
+from lightning_nrml.data.bigearthnet_index import read_patch_table
 from lightning_nrml.data.sources import BadImageError
 
 #: patch -> indices among the 19 classes and names among the 43, as its JSON file has them
@@ -371,3 +372,15 @@ def test_the_table_of_json_files_is_kept_and_made_anew_when_patches_come(tmp_pat
     assert module(tmp_path, tmp_path / "cache").splits.val.paths == ["S2A_new"]
     (kept, *_) = sorted((tmp_path / "cache").glob("bigearthnet_*.parquet"))
     assert {"patch_id", "labels"} <= set(pq.read_schema(kept).names)
+
+
+def test_v2_snow_and_cloud_in_words(tmp_path) -> None:
+    """Where a program wrote the flags as text, "False" is no snow."""
+    s2, s1 = v2_names(5)
+    snow = ["True", "False", "0", "1", None]
+    write_metadata(tmp_path / "metadata.parquet", s2, s1, contains_seasonal_snow=snow)
+    rows = read_patch_table(tmp_path / "metadata.parquet", 19, 19).keep
+    assert rows.tolist() == [False, True, True, False, True]
+    write_metadata(tmp_path / "metadata.parquet", s2, s1, contains_seasonal_snow=["maybe", *snow[1:]])
+    with pytest.raises(ValueError, match="'contains_seasonal_snow', row 0: 'maybe'; true/false or 1/0"):
+        read_patch_table(tmp_path / "metadata.parquet", 19, 19)

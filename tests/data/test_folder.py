@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_nrml.data import FolderDataModule
+from lightning_nrml.data import FolderDataModule, NoiseConfig
 
 
 def save(path, value=0):
@@ -140,3 +140,10 @@ def test_eurosat_runs_from_its_official_layout(shared_data):
     assert (dm.num_classes, dm.num_train_samples, len(dm.splits.test)) == (5, 1000, 1000)
     assert dm.class_names == ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
     assert next(iter(dm.train_dataloader()))["image"].shape == (64, 3, 32, 32)
+
+
+def test_asymmetric_noise_by_the_names_of_folders(tmp_path):
+    fill(tmp_path / "train", ("heron", "kite"), 2)
+    fill(tmp_path / "test", ("heron", "kite"), 1)
+    dm = folder(tmp_path, noise=NoiseConfig("asymmetric", 1.0, mapping={"heron": "kite"}))
+    assert dm.train_label.tolist() == [1, 1, 1, 1]

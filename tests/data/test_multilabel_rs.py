@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -409,3 +410,17 @@ def test_lost_and_doubled_images_are_named(tmp_path):
     (tmp_path / "Images" / "b" / "scene05.jpg").write_bytes(lost.read_bytes())
     with pytest.raises(ValueError, match=r"image 'scene05' is both .*scene05.png and .*scene05.jpg"):
         module(tmp_path).num_classes
+
+
+def test_rasters_without_a_place_on_earth_are_read_without_a_warning(tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason=NO_RASTERIO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(2):
+            path = tmp_path / f"{i}.tif"
+            with rasterio.open(path, "w", driver="GTiff", width=4, height=4, count=5, dtype="uint16") as file:
+                file.write(np.full((5, 4, 4), i + 1, dtype=np.uint16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = RasterSource([str(tmp_path / f"{i}.tif") for i in range(2)])
+        assert source.get([1, 0])[:, 4, 0, 0].tolist() == [2, 1]

@@ -173,3 +173,17 @@ def test_writing_refuses_what_cannot_be_read(tmp_path):
     multilabel_frame(["0", "1"], label, names, "path").to_csv(out, index=False)
     read = read_multilabel_table(out, "file")
     assert (read.images, read.names, read.label.tolist()) == (["0", "1"], names, [[1, 0], [0, 1]])
+
+
+def test_blanks_after_the_commas_of_a_csv(tmp_path):
+    head, *rows = frame().to_csv(index=False).splitlines()
+    rows = [row.replace(",", ", ") for row in rows]
+    plain, blank = make(tmp_path, frame()), make(tmp_path, frame(), "blank.csv")
+    (tmp_path / "blank.csv").write_text("\n".join([head.replace(",", ", "), *rows]) + "\n")
+    assert blank.class_names == ["a", "b"]
+    assert blank.train_label.tolist() == plain.train_label.tolist()
+
+
+def test_names_of_images_as_bytes_in_parquet(tmp_path):
+    names = [f"{i}.png".encode() for i in range(8)]
+    assert make(tmp_path, frame(names), "labels.parquet").train_paths == [f"{i}.png" for i in range(6)]

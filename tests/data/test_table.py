@@ -266,3 +266,22 @@ def test_absent_foreign_and_broken_tables_are_named(tmp_path):
     (tmp_path / "x.parquet").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         TableDataModule(str(tmp_path / "x.parquet")).num_classes
+
+
+def test_blanks_after_the_commas_of_a_csv(images):
+    lines = ["path, label, split", *(f'img/{i}.png, "k, {i % 2}", train' for i in range(6))]
+    (images / "t.csv").write_text("\n".join(lines) + "\n")
+    dm = TableDataModule(str(images / "t.csv"), image_size=4, channels=1)
+    assert dm.class_names == ["k, 0", "k, 1"]
+    assert dm.train_label.tolist() == [0, 1] * 3
+    (images / "noisy.csv").write_text("index, label\n" + "".join(f"{i}, 1\n" for i in range(6)))
+    noisy = TableDataModule(str(images / "t.csv"), image_size=4, channels=1, noise=str(images / "noisy.csv"))
+    assert noisy.train_label.tolist() == [1] * 6
+
+
+def test_names_as_bytes_in_parquet(images):
+    names = ["h\u00e9ron".encode(), b"kite"] * 3
+    paths = [f"img/{i}.png".encode() for i in range(6)]
+    dm = table(images, frame(label=names, path=paths), "parquet")
+    assert dm.class_names == ["h\u00e9ron", "kite"]
+    assert dm.splits.train.images.get([3]).unique().tolist() == [3]
