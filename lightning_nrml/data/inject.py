@@ -55,7 +55,7 @@ def write_noisy_labels(data: NRMLDataModule, out: str | Path, force: bool = Fals
         raise ValueError(f"{type(data).__name__} has no noise to write: set noise, such as kind and rate")
     splits = data.load_splits()
     check_splits(splits, type(data).__name__)
-    noisy = data.inject_noise(splits.train, splits.num_classes, splits.class_names)
+    noisy = data.noisy_labels(splits)
     summary = _summary(data, splits, noisy)
     if noisy.label.ndim == 2:
         assert splits.train.paths is not None

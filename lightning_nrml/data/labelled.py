@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_nrml.data.dataset import OnBadImage
-from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
+from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, by_number, label_hash
 from lightning_nrml.data.sources import BadImageError, pixel_embedding
 from lightning_nrml.data.splits import Split, Splits, check_splits, put_noise, warn_of_single_samples
 
@@ -61,7 +60,7 @@ class LabelledData(LightningDataModule):
         if self.noise.kind != "none" or self.noise.table is not None:
             if self.noise.table is not None and self.on_bad_image == "skip":
                 self._absent = splits.train.images.missing()
-            noisy = self.inject_noise(splits.train, splits.num_classes, splits.class_names)
+            noisy = self.noisy_labels(splits)
             if self.noise.table is not None:
                 changed = noisy.label != splits.train.label
                 self.num_changed_labels = int(np.delete(changed, self._absent, axis=0).sum())
@@ -76,9 +75,14 @@ class LabelledData(LightningDataModule):
             warn_of_single_samples(splits.train.label)
         return splits
 
-    def inject_noise(
-        self, train: Split, num_classes: int, class_names: Sequence[str] | None = None
-    ) -> NoisyLabels:
+    def noisy_labels(self, splits: Splits) -> NoisyLabels:
+        """Train labels after ``self.noise``, whose mapping may name classes."""
+        if self.noise.mapping:
+            numbers = by_number(self.noise.mapping, splits.class_names)
+            self.noise = replace(self.noise, mapping={**numbers})
+        return self.inject_noise(splits.train, splits.num_classes)
+
+    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
         """Labels of the train split after ``self.noise``; multi-label sets override this."""
         truth = train.label
         if train.clean_label is not None and self.noise.table is not None:
@@ -91,7 +95,7 @@ class LabelledData(LightningDataModule):
         embedding = None
         if self.noise.kind == "small_cluster":
             embedding = pixel_embedding(train.images)
-        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths, self._absent, class_names)
+        noisy = apply_noise(truth, self.noise, num_classes, embedding, train.paths, self._absent)
         # a data set with true labels knows the truth, whatever the table says
         return noisy if train.clean_label is None else replace(noisy, known=True)
 

@@ -351,8 +351,12 @@ def renumbering(label: np.ndarray, clean: np.ndarray, is_noise: np.ndarray, sour
     return class_id
 
 
-def _by_number(mapping: Mapping[int | str, int | str], class_names: Sequence[str] | None) -> dict[int, int]:
-    """``noise.mapping`` with the numbers of its classes."""
+def by_number(mapping: Mapping[int | str, int | str], class_names: Sequence[str] | None) -> dict[int, int]:
+    """``noise.mapping`` with the numbers of its classes.
+
+    Raises:
+        ValueError: a name that is none of the classes', or a class named twice.
+    """
     known = {name: c for c, name in enumerate(class_names or ())}
 
     def number(given: int | str) -> int:
@@ -416,7 +420,7 @@ def apply_noise(
     if config.kind == "symmetric":
         return symmetric(clean, config.rate, num_classes, config.seed)
     if config.kind == "asymmetric":
-        mapping = _by_number(config.mapping or {}, class_names)
+        mapping = by_number(config.mapping or {}, class_names)
         return asymmetric(clean, config.rate, mapping, config.seed, num_classes)
     if config.kind == "pair_flip":
         return pair_flip(clean, config.rate, num_classes, config.seed)

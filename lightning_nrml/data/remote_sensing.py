@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,7 @@ class MultiLabelRemoteSensing(RemoteSensing):
         """The table that ``noise.table`` names: images in the first column, then a 0/1 column per label."""
         return read_multilabel_table(path)
 
-    def inject_noise(
-        self, train: Split, num_classes: int, class_names: Sequence[str] | None = None
-    ) -> NoisyLabels:
+    def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
         """Noisy train labels: from the generators, by ``noise.scores``, or from ``noise.table``."""
         assert train.paths is not None
         if self.noise.table is None:
@@ -85,7 +82,10 @@ class MultiLabelRemoteSensing(RemoteSensing):
                 file = Path(self.noise.scores).expanduser()
                 scores = read_scores(file, train.paths, self._label_names, self.image_column)
             return apply_multilabel_noise(train.label, self.noise, self._label_names, scores)
-        noisy = self.read_table(Path(self.noise.table).expanduser())
+        table = Path(self.noise.table).expanduser()
+        if not table.is_file():
+            raise FileNotFoundError(f"no label table {table}; check noise")
+        noisy = self.read_table(table)
         names = self._label_order(noisy)
         position, absent = {image: row for row, image in enumerate(noisy.images)}, set(self._absent)
         lost = [image for i, image in enumerate(train.paths) if image not in position and i not in absent]

@@ -388,6 +388,7 @@ def test_bad_tables_and_lists_are_named(tmp_path):
         ({"splits": {"train": "mine.txt"}}, FileNotFoundError, "no list .*mine.txt"),
         ({"splits": {"val": "split_val.txt"}}, ValueError, "no train split"),
         ({"noise": NoiseConfig("symmetric", 0.2)}, ValueError, "several labels per sample"),
+        ({"noise": "absent.csv"}, FileNotFoundError, "no label table absent.csv; check noise"),
         ({"m_per_class": 2}, ValueError, "one class per sample"),
     ):
         with pytest.raises(kind, match=words):
