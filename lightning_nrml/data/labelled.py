@@ -78,8 +78,8 @@ class LabelledData(LightningDataModule):
     def noisy_labels(self, splits: Splits) -> NoisyLabels:
         """Train labels after ``self.noise``, whose mapping may name classes."""
         if self.noise.mapping:
-            numbers = by_number(self.noise.mapping, splits.class_names)
-            self.noise = replace(self.noise, mapping={**numbers})
+            numbers: Any = by_number(self.noise.mapping, splits.class_names)
+            self.noise = replace(self.noise, mapping=numbers)
         return self.inject_noise(splits.train, splits.num_classes)
 
     def inject_noise(self, train: Split, num_classes: int) -> NoisyLabels:
