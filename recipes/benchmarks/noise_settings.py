@@ -37,6 +37,7 @@ METHODS = {
     "shuffled_consensus_softmax": "cross-entropy, shuffled batches + Consensus (not told the rate)",
     "shuffled_frozen": "cross-entropy, shuffled batches, no filter, kept for frozen embeddings",
     "shuffled_cleaned_cross_entropy": "cross-entropy, shuffled batches, on labels that `nrml audit` left",
+    "shuffled_relabelled_cross_entropy": "cross-entropy, shuffled batches, labels turned by `nrml audit`",
     "shuffled_combined": "contrastive + cross-entropy, shuffled batches, no filter",
     "shuffled_combined_prism": "contrastive + cross-entropy, shuffled batches + PRISM AvgSim",
     "shuffled_consensus": "contrastive + cross-entropy, shuffled batches + Consensus (not told the rate)",
@@ -51,7 +52,8 @@ METHODS = {
 UNFILTERED = (
     "none", "known_clean", "cross_entropy", "combined", "pretrained_none", "pretrained_known_clean",
     "cleaned", "cleaned_cross_entropy", "eac_off", "eac",
-    "shuffled_cross_entropy", "shuffled_cleaned_cross_entropy", "shuffled_known_clean",
+    "shuffled_cross_entropy", "shuffled_cleaned_cross_entropy", "shuffled_relabelled_cross_entropy",
+    "shuffled_known_clean",
     "shuffled_combined", "shuffled_combined_known_clean",
 )  # fmt: skip
 #: EAC is another module, so it has recipes of its own, for the data that a mirror does not change
@@ -254,7 +256,8 @@ def callbacks(setting: Setting, method: str) -> list[dict[str, Any]]:
 
 def _own_noise(noise: list[str], method: str) -> list[str]:
     """Without what a label table stands for."""
-    return [n for n in noise if not ("cleaned" in method and n.startswith("--data.init_args.noise."))]
+    replaced = "cleaned" in method or "relabelled" in method
+    return [n for n in noise if not (replaced and n.startswith("--data.init_args.noise."))]
 
 
 def recipe(setting: Setting, method: str) -> str | None:
@@ -290,6 +293,8 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
             "--model.init_args.loss=" + json.dumps(loss),
             f"--model.init_args.optimizer.loss_lr={0.01 if shuffled else 0.001}",
         ]
+    if "relabelled" in method:
+        extra.append(f"--data.init_args.noise={folder.resolve() / 'audit' / 'labels_corrected.csv'}")
     if "cleaned" in method:
         # what `nrml audit` made of the kept cross-entropy net of the same seed: run `frozen` first
         kept = f"{SHUFFLED if shuffled else ''}frozen"
@@ -319,3 +324,27 @@ def command(setting: Setting, method: str, seed: int, folder: Path) -> list[str]
         "--trainer.accelerator=cpu",
         f"--trainer.enable_checkpointing={str(method in FROZEN).lower()}",
     ]
+
+
+def stages(setting: Setting, method: str, seed: int, folder: Path) -> list[list[str]]:
+    """The commands of one run, of which the last one trains.
+
+    Before labels are turned, the kept cross-entropy net of the same seed (run ``shuffled_frozen`` first) is
+    audited once more, with a rule of its own: each doubted label takes the suggestion that is more probable
+    than not.
+    """
+    fit = command(setting, method, seed, folder)
+    if "relabelled" not in method:
+        return [fit]
+    kept = folder.resolve().parents[1] / f"{SHUFFLED}frozen" / folder.name
+    audit = [
+        "audit",
+        f"--config={kept / 'config.yaml'}",
+        f"--ckpt_path={kept / 'checkpoints' / 'last.ckpt'}",
+        f"--trainer.default_root_dir={folder}",
+        f"--out={folder.resolve() / 'audit'}",
+        "--rule=relabel",
+        "--confident=0.5",
+        "--gallery=20",
+    ]
+    return [audit, fit]

@@ -2,11 +2,12 @@
 
     python recipes/benchmarks/noise_table.py --data DATA --jobs 2
 
-Each run is exactly one ``nrml fit`` command, kept in its run folder as ``command.txt``; nets that are kept
-also go through ``nrml audit``. Finished runs are not repeated, so the command can be stopped and started
-again; ``--only caltech101`` and ``--seeds 0`` narrow it. Results: ``docs/benchmarks/noise_runs.csv`` (one row
-per run), ``noise_detection.csv`` (how well each of them found the wrong labels), and the tables in
-``docs/benchmarks.md`` between their markers; rows of the CSVs without a run here stay.
+Each run is one ``nrml fit`` command, kept in its run folder as ``command.txt`` (with the ``nrml audit``
+before it, where labels are turned); nets that are kept also go through ``nrml audit``. Finished runs are not
+repeated, so the command can be stopped and started again; ``--only caltech101`` and ``--seeds 0`` narrow it.
+Results: ``docs/benchmarks/noise_runs.csv`` (one row per run), ``noise_detection.csv`` (how well each of them
+found the wrong labels), and the tables in ``docs/benchmarks.md`` between their markers; rows of the CSVs
+without a run here stay.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from noise_settings import (
     FROZEN,
     METHODS,
     SHUFFLED,
+    SOFTMAX_ONLY,
     UNFILTERED,
     USUAL,
     Setting,
-    command,
     prepare,
     recipe,
     settings,
+    stages,
 )
 from runner import (
     REPO,
@@ -72,8 +74,10 @@ OVERVIEWS: dict[str, dict[str, tuple[str, str]]] = {
             "small loss, told the rate": "small_loss",
             "Consensus, told nothing": "consensus",
             "both losses shuffled, Consensus": "shuffled_consensus",
-            "cleanlab": "shuffled_cleanlab",
-            "`nrml audit`": "shuffled_audit",
+            "cleanlab, by class": "cleanlab",
+            "`nrml audit`, by class": "audit",
+            "cleanlab, shuffled": "shuffled_cleanlab",
+            "`nrml audit`, shuffled": "shuffled_audit",
         }.items()
     },
     "rate overview": {
@@ -171,12 +175,18 @@ def by_method(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, list[di
 
 
 def bounds(method: str) -> tuple[str, str]:
-    """Without a filter, and with one that knows which labels are right: same loss, same batches."""
-    if not method.startswith(SHUFFLED):
-        return "none", "known_clean"
+    """Without a filter, and with one that knows which labels are right: same loss, batches and start.
+
+    Some of these have no run; the gap is then unknown.
+    """
+    start = next((s for s in (SHUFFLED, "pretrained_") if method.startswith(s)), "")
     if method in BOTH_LOSSES:
-        return f"{SHUFFLED}combined", f"{SHUFFLED}combined_known_clean"
-    return f"{SHUFFLED}cross_entropy", f"{SHUFFLED}known_clean"
+        return f"{start}combined", f"{start}combined_known_clean"
+    if start == SHUFFLED:
+        return f"{start}cross_entropy", f"{start}known_clean"
+    if method in SOFTMAX_ONLY or method == "tsint":  # T-SINT has no memory
+        return f"{method}_none", f"{method}_known_clean"
+    return f"{start}none", f"{start}known_clean"
 
 
 def table(setting: Setting, rows: list[dict[str, Any]]) -> str:
@@ -273,7 +283,7 @@ def main() -> None:
                 if recipe(setting, method):
                     folder = args.out / setting.name / method / f"seed{seed}"
                     result = judged if method in FROZEN else last_results
-                    jobs.append(Job(folder, [command(setting, method, seed, folder)], result))
+                    jobs.append(Job(folder, stages(setting, method, seed, folder), result))
     run_missing(jobs, args.out, args.jobs)
     publish(args.out, args.data.resolve())
 

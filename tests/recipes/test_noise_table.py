@@ -27,7 +27,7 @@ SETTINGS = {setting.name: setting for setting in noise_table.settings(Path("data
     + [("caltech101_50", method) for method in noise_table.METHODS],
 )
 def test_commands_name_real_recipes_and_keys(name: str, method: str, tmp_path: Path) -> None:
-    args = noise_table.command(SETTINGS[name], method, 3, tmp_path)
+    args = noise_settings.command(SETTINGS[name], method, 3, tmp_path)
     (_, config), *_ = config_arguments(args)
     tree = load_yaml(Path(config))
     for word in args[1:]:
@@ -53,7 +53,7 @@ def test_every_filter_is_told_the_true_rate_or_none() -> None:
 
 def test_cleaned_labels_are_those_of_the_same_seed_and_nothing_else_is_injected(tmp_path: Path) -> None:
     folder = tmp_path / "digits_50" / "cleaned" / "seed2"
-    args = noise_table.command(SETTINGS["digits_50"], "cleaned", 2, folder)
+    args = noise_settings.command(SETTINGS["digits_50"], "cleaned", 2, folder)
     assert [word for word in args if "init_args.noise" in word] == [
         f"--data.init_args.noise={tmp_path}/digits_50/frozen/seed2/audit/labels_corrected.csv"
     ]
@@ -79,7 +79,7 @@ def test_a_part_of_cifar_holds_the_first_images_with_their_labels(tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == [noise_settings.part_of(setting, tmp_path / "out")]
     folder = tmp_path / "out" / setting.name / "none" / "seed0"
     path = f"--data.init_args.path={noise_settings.part_of(setting, tmp_path / 'out')}"
-    assert path in noise_table.command(setting, "none", 0, folder)
+    assert path in noise_settings.command(setting, "none", 0, folder)
 
 
 def run(folder: Path, last: dict, ledger: pd.DataFrame | None = None) -> None:
@@ -157,7 +157,7 @@ def test_the_overview_of_rates_puts_what_was_found_beside_what_there_is() -> Non
 def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
     scores = {"none": (0.50, 0.20), "prism_avg": (0.56, 0.21), "known_clean": (0.60, 0.21)}
     bounds = {"shuffled_cross_entropy": (0.60, 0.2), "shuffled_known_clean": (0.70, 0.3)}
-    scores |= bounds | {"shuffled_small_loss": (0.65, 0.225)}
+    scores |= bounds | {"shuffled_small_loss": (0.65, 0.225), "small_loss": (0.55, 0.2), "tsint": (0.7, 0.3)}
     rows = [
         dict.fromkeys(noise_table.COLUMNS) | {"setting": "digits_50", "method": method, "seed": 0}
         | {"val/recall@1": recall, "val/map@r": map_r}
@@ -166,11 +166,26 @@ def test_a_gap_is_only_told_where_the_noise_costs_something() -> None:
     text = noise_table.table(SETTINGS["digits_50"], rows)
     assert "| PRISM AvgSim | 1 | 0.560 | 0.210 | +0.60 / – |" in text  # MAP@R: .01 of .01 is no news
     assert "| cross-entropy, shuffled batches + small loss | 1 | 0.650 | 0.225 | +0.50 / +0.25 |" in text
+    # nothing was run with and without knowing the right labels, but else as these
+    assert "| cross-entropy + small loss | 1 | 0.550 | 0.200 | – |" in text
+    assert "| T-SINT (pairs; no memory) | 1 | 0.700 | 0.300 | – |" in text
+
+
+def test_labels_are_turned_by_an_audit_of_the_net_of_the_same_seed(tmp_path: Path) -> None:
+    folder = tmp_path / "caltech101_50" / "shuffled_relabelled_cross_entropy" / "seed1"
+    audit, fit = noise_settings.stages(SETTINGS["caltech101_50"], folder.parent.name, 1, folder)
+    kept = tmp_path / "caltech101_50" / "shuffled_frozen" / "seed1"
+    assert audit[0] == "audit"
+    assert f"--ckpt_path={kept}/checkpoints/last.ckpt" in audit
+    assert f"--out={folder}/audit" in audit
+    assert f"--data.init_args.noise={folder}/audit/labels_corrected.csv" in fit
+    assert [fit] == noise_settings.stages(SETTINGS["caltech101_50"], folder.parent.name, 1, folder)[1:]
+    assert len(noise_settings.stages(SETTINGS["caltech101_50"], "none", 1, folder)) == 1
 
 
 def test_shuffled_batches_are_as_many_as_the_recipe_draws_and_cross_entropy_is_alone(tmp_path: Path) -> None:
     for name, steps in (("caltech101_50", 3904 // 64), ("cifar10n_worse", 24960 // 128), ("digits_50", 20)):
-        args = noise_table.command(SETTINGS[name], "shuffled_consensus_softmax", 0, tmp_path)
+        args = noise_settings.command(SETTINGS[name], "shuffled_consensus_softmax", 0, tmp_path)
         assert f"--trainer.limit_train_batches={steps}" in args
         assert args.index("--data.init_args.m_per_class=null") > 2
         last = [word for word in args if word.startswith("--data.init_args.epoch_length=")][-1]
@@ -178,7 +193,7 @@ def test_shuffled_batches_are_as_many_as_the_recipe_draws_and_cross_entropy_is_a
         assert "--model.init_args.memory_size=0" in args
         (loss,) = [json.loads(word.partition("=")[2]) for word in args if ".loss=" in word]
         assert loss["class_path"] == "CosineSoftmaxLoss"
-    args = noise_table.command(SETTINGS["omniglot_20"], "shuffled_cross_entropy", 0, tmp_path)
+    args = noise_settings.command(SETTINGS["omniglot_20"], "shuffled_cross_entropy", 0, tmp_path)
     assert "--data.init_args.m_per_class=1" in args
 
 
