@@ -9,6 +9,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import noise_settings
 import noise_table
 import pytest
 import ssl_table
@@ -124,7 +125,7 @@ def test_frozen_runs_are_judged_before_they_are_done(tmp_path, monkeypatch) -> N
     plain, frozen = jobs["digits_50/none/seed7"], jobs["digits_50/frozen/seed7"]
     assert plain.result is last_results
     assert frozen.result is noise_table.judged
-    assert frozen.stages == [noise_table.command(SETTING, "frozen", 7, frozen.folder)]
+    assert frozen.stages == [noise_settings.command(SETTING, "frozen", 7, frozen.folder)]
     judged: list[Path] = []
     monkeypatch.setattr(noise_table, "judge_run", judged.append)
     frozen.folder.mkdir(parents=True)
