@@ -65,14 +65,7 @@ class NRMLTrainer(Trainer):
         review_marks(options, audit_data(datamodule))
         datamodule.predict_dataloader = datamodule.embed_dataloader  # type: ignore[method-assign, attr-defined]
         collector = PredictionCollector()
-        self.callbacks.append(collector)  # type: ignore[attr-defined]
-        self.predict(
-            model,
-            datamodule=datamodule,
-            ckpt_path=ckpt_path,
-            return_predictions=False,
-            weights_only=weights_only,
-        )
+        self._predict_into(collector, model, datamodule, ckpt_path, weights_only)
         if not self.is_global_zero:
             return
         folder = Path(out) if out else Path(self.default_root_dir, "audit")
@@ -120,7 +113,19 @@ class NRMLTrainer(Trainer):
             )
         datamodule.predict_from(split, images)
         folder = out or str(Path(self.default_root_dir, "embed"))
-        self.callbacks.append(PredictionWriter(folder, faiss))  # type: ignore[attr-defined]
+        writer = PredictionWriter(folder, faiss)
+        self._predict_into(writer, model, datamodule, ckpt_path, weights_only)
+
+    def _predict_into(
+        self,
+        collector: PredictionCollector,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+        weights_only: bool | None,
+    ) -> None:
+        """Embed what the datamodule serves for prediction."""
+        self.callbacks.append(collector)  # type: ignore[attr-defined]
         self.predict(
             model,
             datamodule=datamodule,

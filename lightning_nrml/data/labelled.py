@@ -13,7 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_nrml.data.dataset import OnBadImage
-from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, by_number, label_hash
+from lightning_nrml.data.noise import NoiseConfig, NoisyLabels, apply_noise, label_hash
+from lightning_nrml.data.noise_types import by_number
 from lightning_nrml.data.sources import BadImageError, pixel_embedding
 from lightning_nrml.data.splits import Split, Splits, check_splits, put_noise, warn_of_single_samples
 

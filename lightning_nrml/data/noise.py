@@ -12,10 +12,8 @@ Sastry, WACV 2023, "Adaptive Sample Selection for Robust Learning under Label No
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,6 +32,7 @@ from lightning_nrml.data.noise_types import (
     NoiseConfig,
     NoiseKind,
     NoisyLabels,
+    by_number,
     check_rate,
     check_seed,
     uniform,
@@ -351,34 +350,6 @@ def renumbering(label: np.ndarray, clean: np.ndarray, is_noise: np.ndarray, sour
     return class_id
 
 
-def by_number(mapping: Mapping[int | str, int | str], class_names: Sequence[str] | None) -> dict[int, int]:
-    """``noise.mapping`` with the numbers of its classes.
-
-    Raises:
-        ValueError: a name that is none of the classes', or a class named twice.
-    """
-    known = {name: c for c, name in enumerate(class_names or ())}
-
-    def number(given: int | str) -> int:
-        if isinstance(given, int) or re.fullmatch(r"[+-]?\d+", given.strip()):
-            return int(given)
-        if given in known:
-            return known[given]
-        if not known:
-            raise ValueError(
-                f"noise.mapping names a class '{given}', but this data set has no names of classes: give "
-                "numbers"
-            )
-        near = difflib.get_close_matches(given, list(known), 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"they are {', '.join(list(known)[:10])}"
-        raise ValueError(f"noise.mapping names '{given}', which is none of the {len(known)} classes; {hint}")
-
-    pairs = [(number(source), number(target)) for source, target in mapping.items()]
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("noise.mapping names a class twice, by name and by number; keep one")
-    return dict(pairs)
-
-
 def apply_noise(
     clean_label: ArrayLike | Tensor,
     config: NoiseConfig,
@@ -386,7 +357,6 @@ def apply_noise(
     embedding: ArrayLike | Tensor | None = None,
     path: Sequence[str] | None = None,
     absent: Sequence[int] = (),
-    class_names: Sequence[str] | None = None,
 ) -> NoisyLabels:
     """Give a training set the labels that ``config`` asks for.
 
@@ -397,7 +367,6 @@ def apply_noise(
         embedding: ``(N, D)`` frozen features, for ``small_cluster`` only.
         path: N paths, for tables that name samples by path.
         absent: samples of which a table need not know, as they are left out next.
-        class_names: C names, for a ``mapping`` by name.
 
     Returns:
         ``NoisyLabels``. Where ``class_id`` is set, the number of classes is now ``len(class_id)``.
@@ -420,7 +389,7 @@ def apply_noise(
     if config.kind == "symmetric":
         return symmetric(clean, config.rate, num_classes, config.seed)
     if config.kind == "asymmetric":
-        mapping = by_number(config.mapping or {}, class_names)
+        mapping = by_number(config.mapping or {})  # names are the data set's to resolve
         return asymmetric(clean, config.rate, mapping, config.seed, num_classes)
     if config.kind == "pair_flip":
         return pair_flip(clean, config.rate, num_classes, config.seed)

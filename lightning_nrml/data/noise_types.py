@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -165,6 +167,36 @@ class NoiseConfig:
             check_rate("noise.additive_rate", self.additive_rate)
         if self.kind == "scores" and self.scores is None:
             raise ValueError("noise.kind 'scores' needs noise.scores, a file of scores per image and label")
+
+
+def by_number(
+    mapping: Mapping[int | str, int | str], class_names: Sequence[str] | None = None
+) -> dict[int, int]:
+    """``noise.mapping`` with the numbers of its classes.
+
+    Raises:
+        ValueError: a name that is none of the classes', or a class named twice.
+    """
+    known = {name: c for c, name in enumerate(class_names or ())}
+
+    def number(given: int | str) -> int:
+        if isinstance(given, int) or re.fullmatch(r"[+-]?\d+", given.strip()):
+            return int(given)
+        if given in known:
+            return known[given]
+        if not known:
+            raise ValueError(
+                f"noise.mapping names a class '{given}', but this data set has no names of classes: give "
+                "numbers"
+            )
+        near = difflib.get_close_matches(given, list(known), 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"they are {', '.join(list(known)[:10])}"
+        raise ValueError(f"noise.mapping names '{given}', which is none of the {len(known)} classes; {hint}")
+
+    pairs = [(number(source), number(target)) for source, target in mapping.items()]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("noise.mapping names a class twice, by name and by number; keep one")
+    return dict(pairs)
 
 
 def check_rate(name: str, rate: float) -> None:

@@ -21,6 +21,7 @@ from lightning_nrml.data.noise import (
     small_cluster,
     symmetric,
 )
+from lightning_nrml.data.noise_types import by_number
 from lightning_nrml.data.tables import write_label_table
 
 N, C = 20_000, 10
@@ -385,15 +386,18 @@ def test_clusters_are_those_of_the_nearest_mean(rows: int) -> None:
 
 def test_mapping_by_names_of_classes():
     names, label = ["car", "tree", "7"], np.asarray([0, 1, 2, 1])
-    config = NoiseConfig("asymmetric", 1.0, mapping={"car": "tree", "1": 0, "2": " 1 "})
-    assert apply_noise(label, config, 3, class_names=names).label.tolist() == [1, 0, 1, 0]
+    mapping = by_number({"car": "tree", "1": 0, "2": " 1 "}, names)
+    config = NoiseConfig("asymmetric", 1.0, mapping=mapping)
+    assert apply_noise(label, config, 3).label.tolist() == [1, 0, 1, 0]
 
     def refused(mapping, names=names):
         with pytest.raises(ValueError, match=r"noise\.mapping") as error:
-            apply_noise(label, NoiseConfig("asymmetric", 0.5, mapping=mapping), 3, class_names=names)
+            by_number(mapping, names)
         return str(error.value)
 
     assert "did you mean 'tree'?" in refused({"car": "tre"})
     assert "car, tree, 7" in refused({"water": "car"})
     assert "no names of classes: give numbers" in refused({"car": "tree"}, None)
     assert "twice" in refused({"car": "tree", 0: 2})
+    with pytest.raises(ValueError, match="no names of classes: give numbers"):
+        apply_noise(label, NoiseConfig("asymmetric", 0.5, mapping={"car": "tree"}), 3)
