@@ -68,13 +68,15 @@ def test_a_single_image(data, tmp_path):
     assert rows(data)[0]["image"].shape == (1, 3, 4, 4)
 
 
-def test_a_broken_image_is_named_or_left_out(data, tmp_path):
+def test_a_broken_image_is_named_or_left_out(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a trainer the list of bad images goes there
     (tmp_path / "new" / "broken.png").write_bytes(b"nothing")
     data.predict_from(images=tmp_path / "new")
     with pytest.raises(BadImageError, match=r"broken\.png"):
         rows(data)
     data.on_bad_image = "skip"
     assert rows(data)[0]["index"].tolist() == [0, 2]
+    assert "broken.png" in (tmp_path / "bad_images.tsv").read_text()
 
 
 def test_errors(data, tmp_path):
