@@ -22,6 +22,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
@@ -33,7 +34,7 @@ from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
 from lightning_nrml.cli.nulls import understand_nested_null
-from lightning_nrml.cli.recipes import config_arguments, expand_configs
+from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
     check_writable,
@@ -128,9 +129,9 @@ class NRMLCLI(LightningCLI):
         config = self._section()
         model, data = (config.get(key, {}).get("class_path", "") for key in ("model", "data"))
         trainer = config.trainer
-        given = trainer.default_root_dir
+        root = trainer.default_root_dir
         configs = [value for _, value in config_arguments(args)]
-        self.run_folder = Path(given) if given else default_run_folder(configs, model, data)
+        self.run_folder = Path(root) if root else default_run_folder(configs, model, data)
         trainer.default_root_dir = str(self.run_folder)
         self._roots = [self.run_folder, *saved_roots(configs)]
         for key, mend in SWITCHES.items():
@@ -140,7 +141,9 @@ class NRMLCLI(LightningCLI):
             old = [root / CHECKPOINTS for root in self._roots]
             self._follow(config[key], "dirpath", str(self.run_folder / CHECKPOINTS), old)
         command = self.config.get("subcommand", "fit")
-        self._ckpt_path = resolve_checkpoint(command, config.get("ckpt_path"), self.run_folder)
+        # the last one wins, but a saved config after --ckpt_path, whose null means "anew", takes nothing back
+        given = config.get("ckpt_path") or option(self.arguments, "--ckpt_path")
+        self._ckpt_path = resolve_checkpoint(command, None if given == "null" else given, self.run_folder)
         if self._ckpt_path is not None:
             check_checkpoint(self._ckpt_path)
         if command == "predict" and config.get("return_predictions") is None:
@@ -236,8 +239,14 @@ class NRMLCLI(LightningCLI):
             section[key] = unset
         init = self._section().get("model.init_args") or {}
         for name in LINKED:
-            if name in init and getattr(self.datamodule, name, None) is not None:
-                init[name] = int(getattr(self.datamodule, name))
+            if name not in init or getattr(self.datamodule, name, None) is None:
+                continue
+            of_data = int(getattr(self.datamodule, name))
+            if init[name] not in (None, of_data):
+                rank_zero_warn(
+                    f"model.{name}: {init[name]} in the config, {of_data} in the data; these decide."
+                )
+            init[name] = of_data
 
     def before_instantiate_classes(self) -> None:
         """Give the checkpoint back to the subcommand's arguments."""

@@ -473,6 +473,30 @@ def test_a_finished_run_keeps_its_results_when_it_is_resumed(nrml, folder):
     assert json.loads(results.read_text())["steps"] > json.loads(before)["steps"]
 
 
+def test_a_saved_config_after_the_checkpoint_does_not_start_anew(nrml, folder):
+    """It holds ``ckpt_path: null``, and later arguments win."""
+    assert nrml(*FIT)[0] == 0
+    last = folder / "runs" / "tiny" / "checkpoints" / "last.ckpt"
+    before = torch.load(last, weights_only=True)["global_step"]
+    config = ["--config", "runs/tiny/config.yaml", "--trainer.max_epochs=3"]
+    code, _, err = nrml("fit", "--ckpt_path", "last", *config)
+    assert code == 0, err
+    after = list(csv.DictReader((folder / "runs" / "tiny" / "metrics.csv").open()))
+    assert [int(row["step"]) for row in after if row["train/loss"]] == list(range(6))  # one run, continued
+    assert before == 4
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    code, _, err = nrml("test", "--ckpt_path", "best", *config)
+    assert code == 0, err
+
+
+def test_a_number_of_classes_that_the_data_overrule_is_said(nrml, folder):
+    with pytest.warns(UserWarning, match="model.num_classes: 12 in the config, 7 in the data; these decide"):
+        code, _, err = nrml(*FIT, "--model.init_args.num_classes=12", "--trainer.max_epochs=1")
+    assert code == 0, err
+    saved = yaml.safe_load((folder / "runs" / "tiny" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["num_classes"] == 7
+
+
 def test_exit_code_reaches_who_replaced_sys_exit(monkeypatch):
     """W&B does so in a run, and calls it finished if the code of a failed run does not come by."""
     seen = []
