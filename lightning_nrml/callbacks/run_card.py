@@ -46,6 +46,7 @@ def card(trainer: Trainer, module: LightningModule) -> dict[str, str]:
         "steps": _steps(trainer),
         "filters": _filters(module),
         "device": _device(trainer),
+        "changed": getattr(trainer, "changed", ""),
         "outputs": trainer.default_root_dir,
         "resume": _resume(trainer),
     }

@@ -3,6 +3,7 @@ checked checkpoints and errors of one sentence."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
@@ -34,7 +35,7 @@ from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
 from lightning_nrml.cli.nulls import understand_nested_null
-from lightning_nrml.cli.recipes import config_arguments, expand_configs, option
+from lightning_nrml.cli.recipes import changed, config_arguments, expand_configs, is_inline, option
 from lightning_nrml.cli.run_folder import (
     CHECKPOINTS,
     check_writable,
@@ -130,7 +131,7 @@ class NRMLCLI(LightningCLI):
         model, data = (config.get(key, {}).get("class_path", "") for key in ("model", "data"))
         trainer = config.trainer
         root = trainer.default_root_dir
-        configs = [value for _, value in config_arguments(args)]
+        configs = [value for _, value in config_arguments(args) if not is_inline(value)]
         self.run_folder = Path(root) if root else default_run_folder(configs, model, data)
         trainer.default_root_dir = str(self.run_folder)
         self._roots = [self.run_folder, *saved_roots(configs)]
@@ -220,7 +221,8 @@ class NRMLCLI(LightningCLI):
         built = self.config_init.get(self.subcommand or "", self.config_init)
         callbacks += [built[key] for key in keys]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        self.save_config_kwargs = {"folder": str(self.output_folder), "verb": self.subcommand or "fit"}
+        arguments = self.arguments if self.subcommand else ["fit", *self.arguments]
+        self.save_config_kwargs = {"folder": str(self.output_folder), "arguments": arguments}
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
@@ -242,7 +244,7 @@ class NRMLCLI(LightningCLI):
             if name not in init or getattr(self.datamodule, name, None) is None:
                 continue
             of_data = int(getattr(self.datamodule, name))
-            if init[name] not in (None, of_data):
+            if init[name] not in (None, of_data, default_of(type(self.model), name)):
                 rank_zero_warn(
                     f"model.{name}: {init[name]} in the config, {of_data} in the data; these decide."
                 )
@@ -260,11 +262,19 @@ class NRMLCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """A resumed run continues its metrics file; any run lets :class:`RunConfig` say when it begins."""
         StopTogether(self.trainer)
+        if config_arguments(self.arguments):
+            self.trainer.changed = ", ".join(changed(self.arguments))  # type: ignore[attr-defined]
         for logger in self.trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.resume = self._ckpt_path is not None
                 callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
                 logger.waiting = any(isinstance(callback, RunConfig) for callback in callbacks)
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default of an argument of ``cls``, which a parent may have that gets it by ``**kwargs``."""
+    own = (inspect.signature(base.__init__).parameters.get(name) for base in cls.__mro__)  # type: ignore[misc]
+    return next((parameter.default for parameter in own if parameter is not None), None)
 
 
 def check_checkpoint(ckpt_path: str) -> None:

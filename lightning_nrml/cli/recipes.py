@@ -50,6 +50,11 @@ def find_config(name: str) -> Path:
     raise UserError(f"No config file or recipe is called '{name}': {hint} See 'nrml recipes ls'.")
 
 
+def is_inline(config: str) -> bool:
+    """Whether the value of ``--config`` is YAML itself and no name of a file or recipe."""
+    return "\n" in config or ": " in config or config.startswith("{")
+
+
 def config_arguments(args: Sequence[str]) -> list[tuple[int, str]]:
     """``(position, value)`` of every ``--config``/``-c`` in ``args``; values may be glued by ``=``."""
     found = []
@@ -72,6 +77,17 @@ def option(args: Sequence[str], name: str) -> str | None:
     return value
 
 
+def changed(args: Sequence[str]) -> list[str]:
+    """What ``args`` change against the config files, such as ``["trainer.max_epochs=3"]``."""
+    found: list[str] = []
+    for arg in args[1:]:
+        if arg.startswith("--"):
+            found.append(arg.removeprefix("--"))
+        elif found and "=" not in found[-1]:
+            found[-1] = f"{found[-1]}={arg}"
+    return [item for item in found if item.partition("=")[0] not in ("config", "ckpt_path")]
+
+
 def expand_configs(args: Sequence[str]) -> list[str]:
     """Replace recipe names after ``--config`` by their files; inline YAML is left alone.
 
@@ -80,7 +96,7 @@ def expand_configs(args: Sequence[str]) -> list[str]:
     """
     args = list(args)
     for i, value in config_arguments(args):
-        if "\n" in value or ": " in value or value.startswith("{"):
+        if is_inline(value):
             continue
         path = str(find_config(value))
         args[i] = f"--config={path}" if args[i].startswith("--config=") else path

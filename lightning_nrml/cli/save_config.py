@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lightning_nrml.files import write_text
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes ``<run folder>/config.yaml`` and logs the same content as hyperparameters.
+    """Writes ``<run folder>/config.yaml``, with the command that led to it, and logs the same content.
 
     The run folder stays as it is until one batch has gone through: a run that fails at its start must not
     take the place of an earlier one. While a fit runs, no other process may train in the same folder.
@@ -25,10 +27,12 @@ class RunConfig(SaveConfigCallback):
     The id of a W&B run is kept in the checkpoint: a resumed run continues the same curve.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, folder: str, verb: str = "fit") -> None:
+    def __init__(
+        self, parser: LightningArgumentParser, config: Any, folder: str, arguments: Sequence[str] = ("fit",)
+    ) -> None:
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
         self.folder = Path(folder)
-        self.verb = verb
+        self.verb, self.command = arguments[0], f"nrml {shlex.join(arguments)}".replace("\n", "\\n")
         self.wandb_id: str | None = None
         self._text: str | None = None
         self._claim = FolderClaim()
@@ -52,7 +56,8 @@ class RunConfig(SaveConfigCallback):
         if self.verb == "fit":
             self._claim.take(self.folder)
         path = self.folder / self.config_filename
-        write_text(path, f"# written by 'nrml {self.verb}'; run again with --config {path}\n{self._text}")
+        head = f"# written by 'nrml {self.verb}'; run again with --config {path}\n# command: {self.command}\n"
+        write_text(path, head + self._text)
         self._text = None
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):

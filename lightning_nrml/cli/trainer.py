@@ -22,7 +22,13 @@ from lightning_nrml.modules.deploy import Deployed, export_onnx
 
 
 class NRMLTrainer(Trainer):
-    """Lightning's trainer with the verbs ``audit``, ``embed`` and ``export``."""
+    """Lightning's trainer with the verbs ``audit``, ``embed`` and ``export``.
+
+    Attributes:
+        changed: what the command line changed against its config files, for the run card.
+    """
+
+    changed: str = ""
 
     def audit(
         self,

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -489,12 +490,32 @@ def test_a_saved_config_after_the_checkpoint_does_not_start_anew(nrml, folder):
     assert code == 0, err
 
 
+def test_what_the_command_line_changed_is_shown_and_kept(nrml, folder):
+    inline = "run_card: {show: true}\nseed_everything: 3"  # a line break must not end the comment
+    args = (*FIT, "--trainer.max_epochs=1", "--model.init_args.rule.lr", "0.01", "--config", inline)
+    code, out, err = nrml(*args)
+    assert code == 0, err
+    assert "trainer.max_epochs=1, model.init_args.rule.lr=0.01" in out
+    text = (folder / "runs" / "tiny" / "config.yaml").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("# command: nrml fit"))
+    assert shlex.split(command.partition("nrml ")[2])[:5] == list(args[:5])
+    assert yaml.safe_load(text)["seed_everything"] == 3
+
+    code, out, err = nrml("fit", "--config", "runs/tiny/config.yaml")
+    assert code == 0, err
+    assert "changed" not in out
+
+
 def test_a_number_of_classes_that_the_data_overrule_is_said(nrml, folder):
-    with pytest.warns(UserWarning, match="model.num_classes: 12 in the config, 7 in the data; these decide"):
+    """But not a default: of the three channels that modules expect nobody has spoken."""
+    with pytest.warns(UserWarning, match="model.num_classes: 12 in the config, 7 in the data") as seen:
         code, _, err = nrml(*FIT, "--model.init_args.num_classes=12", "--trainer.max_epochs=1")
     assert code == 0, err
-    saved = yaml.safe_load((folder / "runs" / "tiny" / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["num_classes"] == 7
+    assert not [w for w in seen if "in_channels" in str(w.message)]
+    saved = yaml.safe_load((folder / "runs" / "tiny" / "config.yaml").read_text())["model"]["init_args"]
+    assert (saved["num_classes"], saved["in_channels"]) == (7, 1)
+    with pytest.warns(UserWarning, match="model.in_channels: 4 in the config, 1 in the data"):
+        nrml(*FIT, "--model.init_args.in_channels=4", "--trainer.max_epochs=1")
 
 
 def test_exit_code_reaches_who_replaced_sys_exit(monkeypatch):
