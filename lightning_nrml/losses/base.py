@@ -41,6 +41,16 @@ class Loss(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(embedding, label, weight).")
 
+    def set_sizes(self, num_classes: int | None, embedding_dim: int) -> None:
+        """Told once, by the module that takes the loss: what it knows of the sizes (``None`` = not known).
+
+        A loss with parameters takes those that it was not given, and makes its parameters. Calling it again
+        changes nothing.
+
+        Raises:
+            ValueError: a size is needed and nobody knows it, or the one given to the loss does not fit.
+        """
+
     def logits(self, embedding: Tensor) -> Tensor | None:
         """``(B, C)`` class logits for filters that need them; ``None`` if the loss has no classes."""
         return None
@@ -63,6 +73,24 @@ class Loss(nn.Module):
         """
         names = list(inspect.signature(type(self)).parameters)
         return {n: getattr(self, n) for n in names} if all(hasattr(self, n) for n in names) else None
+
+
+def size_of(loss: str, name: str, own: int | None, told: int | None, fits: bool = True) -> int:
+    """The size given to a loss, else the one that the module tells it.
+
+    Raises:
+        ValueError: neither is known, or (``fits=False``) they contradict each other; names both.
+    """
+    if own is None and told is None:
+        raise ValueError(
+            f"{loss} needs '{name}': give it to the loss, or to the module that takes the loss (on the "
+            "command line it comes from the data)."
+        )
+    if own is not None and told is not None and not fits:
+        raise ValueError(
+            f"{loss} has {name} {own}, but the module that takes it {told}: leave it out of the loss."
+        )
+    return int(told if own is None else own)  # type: ignore[arg-type]
 
 
 def full_precision(x: Tensor) -> torch.autocast:

@@ -44,6 +44,12 @@ class CombinedLoss(Loss):
         self.weights = weights
         self.takes_pairs = any(part.takes_pairs for part in losses)  # type: ignore[misc]
 
+    def set_sizes(self, num_classes: int | None, embedding_dim: int) -> None:
+        """See :meth:`Loss.set_sizes`; for each part."""
+        for part in self.losses:
+            assert isinstance(part, Loss)
+            part.set_sizes(num_classes, embedding_dim)
+
     def forward(
         self,
         embedding: Tensor,

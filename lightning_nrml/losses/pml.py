@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_nrml import distributed
-from lightning_nrml.losses.base import NO_LENGTH, Loss, full_precision, prepare, widen
+from lightning_nrml.losses.base import NO_LENGTH, Loss, full_precision, prepare, size_of, widen
 
 # These list one term per proxy or per class, so a term has no sample whose weight could multiply it.
 NO_SAMPLE_TERMS = ("ProxyAnchorLoss", "SmoothAPLoss")
@@ -36,12 +36,13 @@ class PMLLoss(Loss):
         miner_kwargs: arguments of the miner.
         kwargs: arguments of the loss, as a dictionary for YAML. ``distance``, ``reducer`` and the
             regularisers may be given as a class name or as ``{"name": ..., <arguments>}``.
-        num_classes: given to the loss if it takes it.
-        embedding_size: given to the loss if it takes it.
+        num_classes: given to the loss if it takes it; ``None``: that of the module that takes this loss.
+        embedding_size: given to the loss if it takes it; ``None``: the module's.
         **more: further arguments of the loss, as in ``PMLLoss("ContrastiveLoss", neg_margin=0.5)``.
 
     Raises:
-        ValueError: for an unknown loss, miner or argument (with the nearest name), or a missing argument.
+        ValueError: for an unknown loss, miner or argument (with the nearest name), or a missing argument;
+            for a missing size only if the module that takes the loss does not know it either.
     """
 
     def __init__(
@@ -54,17 +55,7 @@ class PMLLoss(Loss):
         embedding_size: int | None = None,
         **more: Any,
     ) -> None:
-        # Importing pytorch-metric-learning takes a second (SciPy): only for those who use it.
-        from pytorch_metric_learning import losses, miners
-
-        from lightning_nrml.losses import pml_parts
-
         super().__init__()
-        sizes = {
-            "num_classes": num_classes,
-            "embedding_size": embedding_size,
-            "descriptors_dim": embedding_size,  # what P2SGradLoss calls it
-        }
         self.name = name
         self._arguments: dict[str, Any] = {
             "name": name,
@@ -74,11 +65,49 @@ class PMLLoss(Loss):
             "num_classes": num_classes,
             "embedding_size": embedding_size,
         }
-        self.pml: nn.Module = pml_parts.build(losses, "loss", name, {**(kwargs or {}), **more}, sizes)
+        self.pml: nn.Module | None = None
         self.miner: nn.Module | None = None
-        if miner is not None:
-            self.miner = pml_parts.build(miners, "miner", miner, dict(miner_kwargs or {}), {})
+        # Importing pytorch-metric-learning takes a second (SciPy): only for those who use it.
+        from lightning_nrml.losses import pml_parts
+
+        with contextlib.suppress(pml_parts.MissingSizeError):  # the module that takes this loss may tell
+            self._build()
+
+    def _build(self) -> None:
+        from pytorch_metric_learning import losses, miners
+
+        from lightning_nrml.losses import pml_parts
+
+        given = self._arguments
+        sizes = {
+            "num_classes": given["num_classes"],
+            "embedding_size": given["embedding_size"],
+            "descriptors_dim": given["embedding_size"],  # what P2SGradLoss calls it
+        }
+        if given["miner"] is not None:
+            self.miner = pml_parts.build(
+                miners, "miner", given["miner"], dict(given["miner_kwargs"] or {}), {}
+            )
+        self.pml = pml_parts.build(losses, "loss", self.name, given["kwargs"], sizes)
         self._reducers = pml_parts.wrap_reducers(self.pml)
+
+    def set_sizes(self, num_classes: int | None, embedding_dim: int) -> None:
+        """See :meth:`Loss.set_sizes`."""
+        for name, told in (("num_classes", num_classes), ("embedding_size", embedding_dim)):
+            own = self._arguments[name]
+            if own is not None and told is not None:
+                size_of(self.name, name, own, told, own == told or (name == "num_classes" and own > told))
+            elif self.pml is None:
+                self._arguments[name] = told
+        self._loss  # noqa: B018 - makes it
+
+    @property
+    def _loss(self) -> nn.Module:
+        """The loss of PML; raises what it lacks if it could not be made yet."""
+        if self.pml is None:
+            self._build()
+        assert self.pml is not None
+        return self.pml
 
     def forward(self, embedding: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
         """See :class:`~lightning_nrml.losses.base.Loss`.
@@ -91,7 +120,7 @@ class PMLLoss(Loss):
             z = distributed.gather(z, grad=True)
             label = distributed.gather(label)
             # Keeps parameters in the graph where the loss does not touch them (DDP counts on it).
-            nothing = sum(((p * 0.0).sum() for p in self.pml.parameters()), (z * 0.0).sum())
+            nothing = sum(((p * 0.0).sum() for p in self._loss.parameters()), (z * 0.0).sum())
             fraction: Tensor | None = None
             if weight is not None:
                 w = distributed.gather(w)
@@ -117,7 +146,7 @@ class PMLLoss(Loss):
 
     def logits(self, embedding: Tensor) -> Tensor | None:
         """``(B, C)`` logits in fp32 as PML defines them for this loss; ``None`` if it has none."""
-        return self.get_logits(embedding) if hasattr(self.pml, "get_logits") else None
+        return self.get_logits(embedding) if hasattr(self._loss, "get_logits") else None
 
     def get_logits(self, embedding: Tensor) -> Tensor:
         """:meth:`logits`, under PML's name.
@@ -125,7 +154,7 @@ class PMLLoss(Loss):
         Raises:
             TypeError: if the loss has no logits.
         """
-        if not hasattr(self.pml, "get_logits"):
+        if not hasattr(self._loss, "get_logits"):
             raise TypeError(
                 f"{self.name} has no class logits; use a proxy or softmax loss, e.g. ArcFaceLoss."
             )
@@ -138,21 +167,21 @@ class PMLLoss(Loss):
 
     def _without_dead_rows(self, z: Tensor) -> Tensor:
         """A row of zeros passes no gradient back where PML normalises, see :func:`.unit_rows`."""
-        distance: Any = self.pml.distance
+        distance: Any = self._loss.distance
         if not getattr(distance, "normalize_embeddings", True):
             return z
         return z.masked_fill(torch.linalg.vector_norm(z, dim=1, keepdim=True) <= NO_LENGTH, 0.0)
 
     def _call(self, method: str, z: Tensor, *args: Any) -> Tensor:
         """Call the PML loss. PML casts parameters to the type of the embedding, for good: never let it."""
-        parameters = dict(self.pml.named_parameters())
+        parameters = dict(self._loss.named_parameters())
         if all(p.dtype == z.dtype for p in parameters.values()):
-            result: Tensor = getattr(self.pml, method)(z, *args)
+            result: Tensor = getattr(self._loss, method)(z, *args)
             return result
         for p in parameters.values():
             z = z.to(torch.promote_types(z.dtype, p.dtype))
         cast = {f"pml.{k}": p.to(z.dtype) for k, p in parameters.items()}
-        return functional_call(_Method(self.pml, method), cast, (z, *args))  # type: ignore[no-any-return]
+        return functional_call(_Method(self._loss, method), cast, (z, *args))  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _weighted(self, weight: Tensor | None) -> Iterator[None]:

@@ -100,6 +100,10 @@ def wrap_reducers(pml: nn.Module) -> list[WeightedReducer]:
     return [single]
 
 
+class MissingSizeError(ValueError):
+    """A number of classes or columns that the class needs, and that a module may still tell."""
+
+
 def build(module: Any, kind: str, name: str, given: dict[str, Any], sizes: Mapping[str, Any]) -> nn.Module:
     """Make a PML object by class name, with errors that say what is accepted."""
     cls = _find(module, kind, name)
@@ -114,7 +118,8 @@ def build(module: Any, kind: str, name: str, given: dict[str, Any], sizes: Mappi
     arguments |= {k: _part(k, v) for k, v in given.items()}
     missing = [k for k, needed in accepted.items() if needed and k not in arguments]
     if missing:
-        raise ValueError(f"{name} needs the argument '{missing[0]}'.")
+        error = MissingSizeError if set(missing) <= set(sizes) else ValueError
+        raise error(f"{name} needs the argument '{missing[0]}'.")
     built: nn.Module = cls(**arguments)
     return built
 

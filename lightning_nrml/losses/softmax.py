@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrml import distributed
-from lightning_nrml.losses.base import Loss, full_precision, prepare, safe_divide, unit_rows
+from lightning_nrml.losses.base import Loss, full_precision, prepare, safe_divide, size_of, unit_rows
 
 
 class CosineSoftmaxLoss(Loss):
@@ -21,7 +21,8 @@ class CosineSoftmaxLoss(Loss):
 
     Args:
         num_classes: number of classes C; labels are in ``[0, C)`` (those of dropped rows may be anything).
-        embedding_dim: values per embedding D.
+            ``None``: those of the module that takes the loss.
+        embedding_dim: values per embedding D; ``None``: those of the module.
         scale: inverse temperature, > 0.
 
     Attributes:
@@ -31,23 +32,37 @@ class CosineSoftmaxLoss(Loss):
         ValueError: if a size is below 1 or ``scale`` is not positive.
     """
 
-    def __init__(self, num_classes: int, embedding_dim: int, scale: float = 16.0) -> None:
+    class_weight: nn.Parameter
+
+    def __init__(
+        self, num_classes: int | None = None, embedding_dim: int | None = None, scale: float = 16.0
+    ) -> None:
         super().__init__()
-        if num_classes < 1 or embedding_dim < 1:
-            raise ValueError(
-                "'num_classes' and 'embedding_dim' must be at least 1, "
-                f"got {num_classes} and {embedding_dim}."
-            )
+        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"'{name}' must be at least 1, got {value}.")
         if scale <= 0:
             raise ValueError(f"'scale' must be positive, got {scale}.")
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
-        self.scale = scale
-        self.class_weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
-        nn.init.normal_(self.class_weight, std=embedding_dim**-0.5)  # rows of length about 1
+        self.num_classes, self.embedding_dim, self.scale = num_classes, embedding_dim, scale
+        self.register_parameter("class_weight", None)
+        if num_classes is not None and embedding_dim is not None:
+            self.set_sizes(num_classes, embedding_dim)
+
+    def set_sizes(self, num_classes: int | None, embedding_dim: int) -> None:
+        """See :meth:`Loss.set_sizes`; draws the class weights. It may have been given classes to spare."""
+        own, name = self.num_classes, type(self).__name__
+        enough = own is None or num_classes is None or own >= num_classes
+        self.num_classes = size_of(name, "num_classes", own, num_classes, enough)
+        same = self.embedding_dim == embedding_dim
+        self.embedding_dim = size_of(name, "embedding_dim", self.embedding_dim, embedding_dim, same)
+        if self.class_weight is None:
+            self.class_weight = nn.Parameter(torch.empty(self.num_classes, self.embedding_dim))
+            nn.init.normal_(self.class_weight, std=self.embedding_dim**-0.5)  # rows of length about 1
 
     def logits(self, embedding: Tensor) -> Tensor:
         """``(B, C)`` scaled cosines, in fp32 or wider."""
+        if self.class_weight is None:
+            raise ValueError(f"{type(self).__name__} was given no sizes: name num_classes and embedding_dim.")
         with full_precision(embedding):
             z, centers = unit_rows(embedding), unit_rows(self.class_weight)
             dtype = torch.promote_types(z.dtype, centers.dtype)
@@ -55,10 +70,11 @@ class CosineSoftmaxLoss(Loss):
 
     def _checked(self, label: Tensor) -> Tensor:
         # on the CPU only: looking would make a GPU wait, which has its own assertion
-        outside = (label < 0) | (label >= self.num_classes)
+        count = len(self.class_weight)
+        outside = (label < 0) | (label >= count)
         if label.is_cpu and outside.any():
             raise ValueError(
-                f"labels must lie in [0, {self.num_classes - 1}] (num_classes = {self.num_classes}), got "
+                f"labels must lie in [0, {count - 1}] (num_classes = {count}), got "
                 f"{int(label[outside][0])} in row {int(outside.nonzero()[0])}."
             )
         return label

@@ -30,7 +30,8 @@ class MetricLearning(EmbeddingModule):
         backbone: see :class:`EmbeddingModule`, as are all arguments not listed here.
         embedding_dim: size of the embedding; ``head="none"`` takes the backbone's features.
         head: ``linear``, ``mlp`` or ``none``.
-        num_classes: number of training classes (linked to the data by the command line); only checked.
+        num_classes: number of training classes (linked to the data by the command line); for losses that
+            need it and were not told.
         loss: any :class:`~lightning_nrml.losses.Loss`; default ``ContrastiveLoss(0.5)``.
         memory_size: rows of the memory; 0 switches it off.
         memory_weight: weight of the memory loss, which is contrastive whatever ``loss`` is, and a sum over
@@ -71,6 +72,7 @@ class MetricLearning(EmbeddingModule):
         super().__init__(backbone, backbone_kwargs, in_channels, pretrained, **kwargs)
         self.head = create_head(head, self.num_features, embedding_dim)
         self.loss: Loss = ContrastiveLoss() if loss is None else as_loss(loss)
+        self.loss.set_sizes(num_classes, embedding_dim)
         self.memory = FeatureQueue(memory_size, embedding_dim) if memory_size else None
         self.memory_loss = CrossBatchContrastiveLoss(memory_margin)
         self.memory_weight, self.memory_start = memory_weight, memory_start

@@ -202,8 +202,8 @@ def test_errors_name_the_nearest():
         PMLLoss("MultiSimilarityLoss", alhpa=1)
     with pytest.raises(ValueError, match=r"no miner 'BatchHardminer'.*'BatchHardMiner'"):
         PMLLoss("TripletMarginLoss", miner="BatchHardminer")
-    with pytest.raises(ValueError, match=r"ArcFaceLoss needs the argument 'num_classes'"):
-        PMLLoss("ArcFaceLoss", embedding_size=4)
+    with pytest.raises(ValueError, match=r"TupletMarginLoss has no argument 'num_classes'"):
+        PMLLoss("TupletMarginLoss", kwargs={"num_classes": 3})
     with pytest.raises(ValueError, match=r"VICRegLoss.*two views"):
         PMLLoss("VICRegLoss")
     with pytest.raises(ValueError, match=r"'CosinSimilarity'.*'CosineSimilarity'"):
@@ -212,6 +212,30 @@ def test_errors_name_the_nearest():
         PMLLoss("ContrastiveLoss", distance={"p": 1})
     with pytest.raises(ValueError, match=r"CrossBatchMemory"):
         PMLLoss("CrossBatchMemory")
+
+
+def test_sizes_come_from_the_module_that_takes_the_loss():
+    z, label = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    for name in ("ArcFaceLoss", "ProxyAnchorLoss", "P2SGradLoss"):
+        torch.manual_seed(0)
+        given = PMLLoss(name, num_classes=3, embedding_size=4)
+        torch.manual_seed(0)
+        told = PMLLoss(name)
+        with pytest.raises(ValueError, match=rf"{name} needs the argument '"):
+            told(z, label)
+        told.set_sizes(3, 4)
+        assert torch.equal(told(z, label), given(z, label))
+        assert told.arguments() == given.arguments()
+        assert [n for n, _ in told.named_parameters()] == [n for n, _ in given.named_parameters()]
+        told.set_sizes(3, 4)
+        assert torch.equal(told(z, label), given(z, label))
+    with pytest.raises(ValueError, match="ArcFaceLoss needs the argument 'num_classes'"):
+        PMLLoss("ArcFaceLoss").set_sizes(None, 4)
+    with pytest.raises(ValueError, match="ArcFaceLoss has num_classes 3, but the module that takes it 5"):
+        PMLLoss("ArcFaceLoss", num_classes=3).set_sizes(5, 4)
+    with pytest.raises(ValueError, match="ArcFaceLoss has embedding_size 8, but the module that takes it 4"):
+        PMLLoss("ArcFaceLoss", embedding_size=8).set_sizes(3, 4)
+    PMLLoss("MultiSimilarityLoss").set_sizes(None, 4)  # needs none
 
 
 @pytest.mark.parametrize(

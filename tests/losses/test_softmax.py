@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_nrml.losses import CosineSoftmaxLoss
+from lightning_nrml.losses import CombinedLoss, ContrastiveLoss, CosineSoftmaxLoss
 
 
 def test_closed_form():
@@ -46,10 +46,36 @@ def test_logits_are_fp32_under_autocast():
 
 
 def test_senseless_arguments_are_refused():
-    with pytest.raises(ValueError, match="got 0 and 4"):
+    with pytest.raises(ValueError, match="'num_classes' must be at least 1, got 0"):
         CosineSoftmaxLoss(0, 4)
+    with pytest.raises(ValueError, match="'embedding_dim' must be at least 1, got -1"):
+        CosineSoftmaxLoss(embedding_dim=-1)
     with pytest.raises(ValueError, match=r"'scale' must be positive, got -1\.0"):
         CosineSoftmaxLoss(3, 4, scale=-1.0)
+
+
+def test_sizes_come_from_the_module_that_takes_the_loss():
+    torch.manual_seed(0)
+    given = CosineSoftmaxLoss(5, 4)
+    torch.manual_seed(0)
+    told = CombinedLoss([ContrastiveLoss(), CosineSoftmaxLoss()])
+    told.set_sizes(5, 4)
+    inner = told.losses[1]
+    assert torch.equal(inner.class_weight, given.class_weight)
+    assert inner.arguments() == given.arguments()
+    before = inner.class_weight
+    told.set_sizes(5, 4)
+    assert inner.class_weight is before
+    CosineSoftmaxLoss(7, 4).set_sizes(5, 4)  # classes to spare are the user's affair
+    for loss, sizes, message in (
+        (CosineSoftmaxLoss(), (None, 4), "needs 'num_classes': give it to the loss, or to the module"),
+        (CosineSoftmaxLoss(4, 4), (5, 4), "has num_classes 4, but the module that takes it 5: leave it out"),
+        (CosineSoftmaxLoss(5, 8), (5, 4), "has embedding_dim 8, but the module that takes it 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss.set_sizes(*sizes)
+    with pytest.raises(ValueError, match="was given no sizes"):
+        CosineSoftmaxLoss()(torch.randn(2, 4), torch.tensor([0, 1]))
 
 
 def test_loss_of_each_sample_is_its_cross_entropy():

@@ -138,6 +138,8 @@ LOSSES: dict[str, Any] = {
     "contrastive": lambda: ContrastiveLoss(0.25),
     "supcon": lambda: SupConLoss(0.2, base_temperature=0.1, empty_positive="drop"),
     "softmax": lambda: CosineSoftmaxLoss(10, 16, scale=8.0),
+    "softmax without sizes": lambda: CosineSoftmaxLoss(scale=8.0),
+    "pml without sizes": lambda: PMLLoss("ArcFaceLoss"),
     "margin": lambda: MarginLoss(0.1, 1.1, 0.01, num_classes=10, nonzero_loss_cutoff=1.2),
     "pml": lambda: PMLLoss(
         "ArcFaceLoss", miner="MultiSimilarityMiner", miner_kwargs={"epsilon": 0.2}, num_classes=10,
@@ -149,7 +151,7 @@ LOSSES: dict[str, Any] = {
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_checkpoint_made_from_python_loads_with_lightnings_defaults(tmp_path: Path, name: str) -> None:
     loss = LOSSES[name]() if LOSSES[name] else None
-    net, data = module(loss=loss, memory_margin=0.3), digits()
+    net, data = module(loss=loss, num_classes=10, memory_margin=0.3), digits()
     saver = ModelCheckpoint(tmp_path, "last")
     run = trainer(tmp_path, 2, [PRISM(0.5), RetrievalEvaluator(), saver])
     run.fit(net, data)
