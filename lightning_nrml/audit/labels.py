@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_nrml.audit.data import AuditData
 from lightning_nrml.audit.scores import AuditScores
-from lightning_nrml.audit.table import MARKS, class_noise
+from lightning_nrml.audit.table import MARKS, class_noise, differs
 from lightning_nrml.data.multilabel_writing import multilabel_frame
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def label_rates(frame: pd.DataFrame, calibrated: bool = True) -> pd.DataFrame:
 
     noise = class_noise(frame, calibrated)
     position = np.unique(frame["position"].to_numpy())
-    suspected = frame[(frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])]
-    count = suspected["label"].value_counts()
+    count = frame["label"][differs(frame)].value_counts()
     kinds = (("extra", 2 * position + 1), ("missing", 2 * position))
     columns = {"position": position}
     if "label_name" in frame.columns:

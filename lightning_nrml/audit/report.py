@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_nrml.audit.neighbours import Neighbours
-from lightning_nrml.audit.table import class_noise, clean_known
+from lightning_nrml.audit.table import class_noise, clean_known, differs
 from lightning_nrml.files import write_text
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _identity(frame: pd.DataFrame, images: Images | None) -> str:
     from pandas.util import hash_pandas_object
 
     columns = [c for c in ("label", "label_name", "path") if c in frame.columns]
-    rows = hash_pandas_object(frame.sort_values("index")[columns], index=False)
+    rows = hash_pandas_object(frame[["index", *columns]].sort_values("index")[columns], index=False)
     found = hashlib.sha256(rows.to_numpy().tobytes())
     if "path" not in columns and images is not None:
         some = np.linspace(0, len(frame) - 1, min(len(frame), 16)).astype(np.int64)
@@ -154,18 +154,13 @@ def _doubtful(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["log_p_clean"].notna()]
 
 
-def _differ(frame: pd.DataFrame) -> pd.Series:
-    """Where another class than the given one is suggested."""
-    return (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])
-
-
 def shown_rows(frame: pd.DataFrame, rows: int) -> pd.DataFrame:
     """The first rows; of multi-label data also what else is suspected of the same samples."""
     judged = _doubtful(frame)
     first = judged.head(rows)
     if "sample" not in judged.columns:
         return first
-    also = _differ(judged) & judged["sample"].isin(first["sample"])
+    also = differs(judged) & judged["sample"].isin(first["sample"])
     return judged[also | judged["rank"].isin(first["rank"])]
 
 
@@ -242,7 +237,7 @@ def _tiles(frame: pd.DataFrame, facts: ReportFacts, curve: dict[str, Any] | None
         tiles.append(["labels of each", f"{facts.labels:,}"])
     if np.isfinite(facts.noise_rate):
         tiles.append(["estimated wrong labels", f"{facts.noise_rate:.1%}"])
-    differ = frame[_differ(frame)]
+    differ = frame[differs(frame)]
     if facts.labels == 1:
         tiles.append(["another class suggested", f"{len(differ):,}"])
     else:
@@ -269,7 +264,7 @@ def _classes(frame: pd.DataFrame, calibrated: bool, labels: int) -> list[list[An
 def _confusion(frame: pd.DataFrame, matrix: bool) -> dict[str, Any]:
     """The commonest pairs given -> suggested where they differ; if wanted, the matrix for few classes."""
     given, suggested = frame["label"].to_numpy(), frame["suggested_label"].to_numpy()
-    differ = _differ(frame).to_numpy()
+    differ = differs(frame).to_numpy()
     pairs, count = np.unique(np.stack([given[differ], suggested[differ]], 1), axis=0, return_counts=True)
     top = np.argsort(-count, kind="stable")[:_PAIRS]
     size = int(max(given.max(), suggested.max())) + 1

@@ -35,9 +35,11 @@ from lightning_nrml.audit.table import (
     apply_review,
     audit_table,
     corrected_labels,
+    differs,
     read_review,
     write_both,
 )
+from lightning_nrml.data.tables import write_label_table
 from lightning_nrml.files import write_frame, write_text
 
 if TYPE_CHECKING:
@@ -216,7 +218,12 @@ def _write(
     rates = None
     if seen is not None:
         corrected = apply_review(corrected, seen)
-    files = {"table": write_both(folder, TABLE, frame)}
+    if samples is None:
+        files = {"table": write_both(folder, TABLE, frame)}
+    else:  # of each label of each sample: millions of rows, which nobody reads in full
+        write_label_table(folder / f"{TABLE}.parquet", frame)
+        files = {"table": folder / f"{TABLE}.csv"}
+        write_frame(files["table"], frame[differs(frame)])
     report.sample_paths = sample_paths(data if samples is None else samples)
     if samples is None:
         files["corrected"] = write_both(folder, CORRECTED, corrected)

@@ -92,6 +92,11 @@ def class_noise(frame: pd.DataFrame, calibrated: bool) -> pd.DataFrame:
     return pd.DataFrame(columns).groupby("label").agg({"count": "sum", "wrong": "mean", "truth": "mean"})
 
 
+def differs(frame: pd.DataFrame) -> pd.Series:
+    """In which rows of an audit table another label than the given one is suggested."""
+    return (frame["suggested_label"] >= 0) & (frame["suggested_label"] != frame["label"])
+
+
 def clean_known(frame: pd.DataFrame) -> bool:
     """Whether the true class of every sample of an audit table is known.
 

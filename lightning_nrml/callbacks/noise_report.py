@@ -188,10 +188,11 @@ def summary_lines(result: AuditResult) -> list[str]:
     done = ", ".join(f"{action[a]} {a}" for a in ("kept", "relabelled", "dropped") if a in action)
     if result.rates is not None and "dropped" in action:
         done += " (they stay as given, named under 'doubted')"
+    whole = "and" if result.rates is None else "all labels:"
     lines = [
         f"Label audit: an estimated {result.noise_rate:.1%} of {len(result.table)} labels are wrong",
         f"report           {result.files['report']}",
-        f"audit table      {result.files['table']} (and .parquet)",
+        f"audit table      {result.files['table']} ({whole} .parquet)",
         f"corrected labels {result.files['corrected']} (and .parquet): {done}",
     ]
     if result.rates is not None:

@@ -90,6 +90,8 @@ def test_any_file_of_the_run_means_its_label_ledger(run, given, tmp_path, capsys
     assert ((table["clean_label"] != table["label"]) == source.wrong.numpy()[sample, c]).all()
     assert dropped.numpy()[sample, c][: int(dropped.sum())].all(), "what was dropped most comes first"
     assert (table["times_seen"] == 3).all()
+    shown = pd.read_csv(tmp_path / "audit.csv")
+    assert shown["index"].tolist() == table["index"].head(int(dropped.sum())).tolist(), "suspected ones only"
     summary = json.loads((tmp_path / "audit.json").read_text())
     assert summary["ledger"].endswith("noise_ledger_labels.parquet")
     assert summary["noise_rate"] == pytest.approx(float(dropped.float().mean()), abs=0.01)
