@@ -224,6 +224,12 @@ class BigEarthNetDataModule(MultiLabelRemoteSensing):
         keep = table.keep.copy()
         for name in [*usual, *self.exclude]:
             rows = find_rows(table, read_list(self.path / name).s2)
+            if name in self.exclude and not (rows >= 0).any():
+                warnings.warn(
+                    f"exclude: none of the {len(rows)} patches in {self.path / name} is in {table.source}: "
+                    "it leaves nothing out; a list has Sentinel-2 names",
+                    stacklevel=2,
+                )
             keep[rows[rows >= 0]] = False
         return keep
 

@@ -366,6 +366,8 @@ def rows_of_lists(table: PatchTable, lists: Mapping[str, PatchList]) -> dict[str
     owner = np.full(len(table), -1, dtype=np.int8)
     rows: dict[str, np.ndarray] = {}
     for number, (name, given) in enumerate(lists.items()):
+        if not len(given.s2):
+            raise ValueError(f"{given.file} names no patch: the {name} split is empty")
         found = find_rows(table, given.s2)
         lost = found < 0
         if lost.any():

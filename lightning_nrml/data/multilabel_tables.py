@@ -260,7 +260,8 @@ def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict
 
     Raises:
         FileNotFoundError: a list does not exist.
-        ValueError: no train split, an unknown split or image, or an image that is listed twice.
+        ValueError: no train split, an unknown split or image, an empty list, or an image that is listed
+            twice.
     """
     if files is None:
         return _rows_of_column(table)
@@ -284,6 +285,8 @@ def split_rows(table: MultiLabelTable, files: Mapping[str, Path] | None) -> dict
                 )
             owner[image] = split
             found.append(position[image])
+        if not found:
+            raise ValueError(f"{file} names no image: the {split} split is empty")
         rows[split] = np.asarray(found, dtype=np.int64)
     return rows
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -24,13 +25,15 @@ from lightning_nrml.files import write_text
 
 #: images decoded at a time for statistics
 _CHUNK = 64
+# filters of warnings belong to the whole process, and images are decoded on several threads
+_OPENING = threading.Lock()
 
 
 @contextlib.contextmanager
 def open_raster(path: str) -> Iterator[Any]:
     """``rasterio.open`` without its warning of files that have no place on earth."""
     rasterio = import_extra("rasterio", path)
-    with warnings.catch_warnings():
+    with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         opened = rasterio.open(path)
     with opened as file:

@@ -313,6 +313,10 @@ def test_what_is_left_out(tmp_path) -> None:
     assert data.train_label.argmax(1).tolist() == [0, 2, 3]
     keep = module(tmp_path, tmp_path / "cache", nomenclature=43, keep_snow_and_cloud=True)
     assert keep.train_paths == s2[:6]
+    (tmp_path / "mine.csv").write_text(f"{s1[4]}\n{s1[5]}\n")  # names of the other sensor
+    same = module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["mine.csv"])
+    with pytest.warns(UserWarning, match=r"none of the 2 patches in .*mine.csv is in .*: it leaves nothing"):
+        assert same.train_paths == [s2[i] for i in (0, 2, 3, 4)]
 
 
 def test_a_table_of_v1_has_43_names_and_spares_the_json_files(tmp_path) -> None:

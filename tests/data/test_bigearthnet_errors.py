@@ -151,7 +151,7 @@ def test_bad_lists_and_json_are_named(tmp_path) -> None:
             f"{s2[4]}\nS2A_9\n",
             r"bigearthnet-test.csv, line 2: patch 'S2A_9' \(1 such\) is not in the JSON files",
         ),
-        ("test", "", "test split is empty"),
+        ("test", "", "bigearthnet-test.csv names no patch: the test split is empty"),
         ("test", f"{s2[4]},a,b", "line 1: .*a line is <Sentinel-2 name>"),
         ("test", f"\ufeff{s2[4]}\nS2A_ä\n", r"test.csv, line 2: 'S2A_\\xe4'; a line is .* in ASCII"),
     ):

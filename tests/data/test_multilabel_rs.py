@@ -16,7 +16,7 @@ from PIL import Image
 from lightning_nrml.data import MultiLabelRSDataModule, NoiseConfig
 from lightning_nrml.data.multilabel_noise import multilabel, multilabel_scores
 from lightning_nrml.data.raster import RasterSource, band_statistics
-from lightning_nrml.data.sources import BadImageError, MemorySource
+from lightning_nrml.data.sources import BadImageError, MemorySource, cached
 
 NO_RASTERIO = "rasterio is not installed: pip install 'lightning-nrml[rs]'"
 NAMES = ["field", "trees", "water"]
@@ -231,6 +231,10 @@ def test_statistics_of_large_values_lose_no_digits():
     assert mean[0] == pytest.approx(pixels[:, 0].double().mean().item(), rel=1e-12)
     assert std[0] == pytest.approx(pixels[:, 0].double().std(correction=0).item(), rel=1e-9)
     assert std[1] == 1.0, "a constant band is not divided by 0"
+    wide = pixels[:, :, :2]
+    mean, std = band_statistics(MemorySource(wide))
+    assert mean[0] == pytest.approx(wide[:, 0].double().mean().item(), rel=1e-12)
+    assert std[0] == pytest.approx(wide[:, 0].double().std(correction=0).item(), rel=1e-9)
 
 
 def test_rasters_of_many_bands(tmp_path):
@@ -279,6 +283,7 @@ def test_bad_rasters_are_named(tmp_path):
         "good": raster(tmp_path / "good.tif", good),
         "nan": raster(tmp_path / "nan.tif", np.where(good == 20, np.nan, good)),
         "nodata": raster(tmp_path / "nodata.tif", np.where(good < 3, -9999, good), nodata=-9999),
+        "last": raster(tmp_path / "last.tif", np.where(good == 32, -9999, good), nodata=-9999),
         "one": raster(tmp_path / "one.tif", good[:1]),
         "small": raster(tmp_path / "small.tif", good[:, :3]),
     }
@@ -289,14 +294,15 @@ def test_bad_rasters_are_named(tmp_path):
     for row, words in {
         1: "nan.tif, band 2: 1 of 16 pixels are NaN",
         2: r"nodata.tif, band 1: 2 of 16 pixels are NaN, infinite, nodata \(-9999",
-        3: r"one.tif has 1 bands, but bands \[1, 2\]",
-        4: r"small.tif is 3 x 4, but the first raster is \(4, 4\)",
-        5: "cannot read .*text.tif",
-        6: "cannot read .*lost.tif",
+        3: r"last.tif, band 2: 1 of 16 pixels are NaN, infinite, nodata \(-9999",
+        4: r"one.tif has 1 bands, but bands \[1, 2\]",
+        5: r"small.tif is 3 x 4, but the first raster is \(4, 4\)",
+        6: "cannot read .*text.tif",
+        7: "cannot read .*lost.tif",
     }.items():
         with pytest.raises(BadImageError, match=words):
             source.get([0, row])
-    assert source.missing() == [6]
+    assert source.missing() == [7]
     assert band_statistics(source)[0] == pytest.approx([8.5, 24.5]), "unreadable ones are left out"
     with pytest.raises(BadImageError, match=r"one.tif has 1 bands"):
         RasterSource([files["good"], files["one"]], bands=[2]).get([1])
@@ -373,7 +379,7 @@ def test_bad_tables_and_lists_are_named(tmp_path):
         ("scene15\nscene01\n", "line 2: 'scene01' is in the train split already"),
         ("scene15\nscene15\n", "'scene15' is in the val split already"),
         ("scene15\nscene99\n", "line 2: 'scene99' has no row"),
-        ("\n", "val split is empty"),
+        ("\n", "split_val.txt names no image: the val split is empty"),
     ):
         make(tmp_path)
         (tmp_path / "split_val.txt").write_text(lines)
@@ -425,3 +431,19 @@ def test_rasters_without_a_place_on_earth_are_read_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         source = RasterSource([str(tmp_path / f"{i}.tif") for i in range(2)])
         assert source.get([1, 0])[:, 4, 0, 0].tolist() == [2, 1]
+
+
+def test_rasters_read_on_threads_leave_the_filters_of_warnings_as_they_are(tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason=NO_RASTERIO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(
+            tmp_path / "a.tif", "w", driver="GTiff", width=4, height=4, count=5, dtype="uint16"
+        ) as file:
+            file.write(np.ones((5, 4, 4), dtype=np.uint16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = RasterSource([str(tmp_path / "a.tif")] * 400)
+        before = list(warnings.filters)
+        assert len(cached(source)) == 400
+        assert warnings.filters == before

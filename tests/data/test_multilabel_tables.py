@@ -70,6 +70,17 @@ def test_digits_are_names_wherever_the_column_stands(tmp_path):
     data = make(tmp_path, table, image_column="image", label_columns=["a", "b"])
     assert data.train_paths == ["000", "001", "002", "003", "004", "005"]
     assert data.splits.train.images.missing() == []
+    # what an audit wrote has them in its own first column
+    (tmp_path / "audited.csv").write_text("path,a\n007,1\n008,0\n")
+    assert read_multilabel_table(tmp_path / "audited.csv", "image").images == ["007", "008"]
+
+
+def test_a_table_knows_the_truth_only_if_all_of_its_rows_say_so(tmp_path):
+    for said, known in (("True,True", True), ("1,1", True), ("True,False", False), ("False,False", False)):
+        one, two = said.split(",")
+        (tmp_path / "a.csv").write_text(f"image,a,clean_known\n0,1,{one}\n1,0,{two}\n")
+        table = read_multilabel_table(tmp_path / "a.csv")
+        assert (table.clean_known, table.names) == (known, ["a"])
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -187,6 +187,13 @@ def test_memory_rules(make):
     twice(z, label, torch.tensor([0, 1, 2, 3, 4, 0]), kept)
     first(z[:5], label[:5], torch.tensor([0, 1, 2, 3, 4]))
     assert torch.equal(twice.target.nan_to_num(9), first.target.nan_to_num(9))
+    # a row of which one entry is dropped is still the last one
+    part = torch.ones(B, L)
+    part[5, 0] = 0
+    twice, last = make(), make()
+    twice(z, label, torch.tensor([0, 1, 2, 3, 4, 0]), part)
+    last(z[1:], label[1:], torch.tensor([1, 2, 3, 4, 0]), part[1:])
+    assert torch.equal(twice.target.nan_to_num(9), last.target.nan_to_num(9))
     # an entry without a finite prediction keeps what it holds
     broken = z.clone()
     broken[2, 1] = math.nan
@@ -199,8 +206,9 @@ def test_memory_rules(make):
     fresh.load_state_dict(loss.state_dict())
     assert torch.equal(fresh.target.nan_to_num(9), loss.target.nan_to_num(9))
     fresh.allocate(N)
-    with pytest.raises(ValueError, match="remembers 9 samples"):
-        fresh.allocate(N + 1)
+    for size in (N - 1, N + 1):
+        with pytest.raises(ValueError, match="remembers 9 samples"):
+            fresh.allocate(size)
     assert loss.half().target.dtype is torch.float32
     moved = type(loss)(0, L).to("meta")
     moved.allocate(N)
@@ -379,6 +387,17 @@ def test_jocor_chooses_samples_by_mean_and_not_by_sum():
     assert kept.tolist() == [[False] * 4, [True] * 4], "a mean of 7.2 against 5.5, a sum of 7.2 against 22"
     _, kept = MultiLabelJoCoRLoss(forget_rate=0.0).terms(z, z, torch.ones(2, 4), w)
     assert torch.equal(kept, w > 0), "what has weight 0 is not kept"
+    # doubts about a whole sample, which weigh all of its labels down, make it no cheaper
+    w = torch.tensor([[0.1, 0, 0, 0], [1, 1, 1, 1]])
+    _, kept = MultiLabelJoCoRLoss(forget_rate=0.5).terms(z, z, torch.ones(2, 4), w)
+    assert kept.tolist() == [[False] * 4, [True] * 4]
+
+
+def test_jocor_takes_its_share_of_the_samples_that_have_weight():
+    z = torch.tensor([[-3.0], [-2.0], [5.0], [5.0]])
+    w = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    _, kept = MultiLabelJoCoRLoss(forget_rate=0.5).terms(z, z, torch.ones(4, 1), w)
+    assert kept.flatten().tolist() == [False, True, False, False]
 
 
 def test_jocor_takes_its_share_of_the_entries_that_have_weight():

@@ -177,6 +177,15 @@ def test_weights():
     got.backward()
     torch.testing.assert_close(got, want)
     assert all((v.grad[~rows] == 0).all() for v in leaves)
+    # weights between 0 and 1 weigh the entries of the BCE
+    soft = torch.rand(B, L, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    alone = RCMLLoss(consistency_weight=0.0)
+    y, parts = label.double(), alone.terms(z1, z2, label, keep_rate=1.0, weight=soft)
+    for number, v in ((1, z1), (2, z2)):
+        entries = -(y * v.sigmoid().log() + (1 - y) * (-v).sigmoid().log())
+        assert parts[f"loss_{number}"].item() == pytest.approx(
+            float((entries * soft).sum() / soft.sum() * L), rel=1e-9
+        )
     z = z1.clone().requires_grad_()
     nothing = loss(z, z2, label, weight=torch.zeros(B, L))
     nothing.backward()

@@ -60,6 +60,13 @@ def test_absent_classes_are_left_out_and_counted():
     assert got["f1_micro"] < rest["f1_micro"], "its false positives count in the pooled value"
     assert math.isfinite(got["map_micro"])
     assert got["calibration"][2] == pytest.approx(prob[:, 2].mean().item(), abs=1e-6)
+    gap = (prob - target).mean(0)  # a class that nobody has still has a gap: what is predicted for it
+    assert got["calibration_gap"] == pytest.approx(gap.mean().item(), abs=1e-6)
+    assert got["calibration_gap_abs"] == pytest.approx(gap.abs().mean().item(), abs=1e-6)
+    tuned = multilabel_metrics(prob, target, class_threshold=torch.full((6,), 0.4))
+    some = multilabel_metrics(prob[:, kept], target[:, kept], threshold=0.4)
+    assert math.isnan(tuned["f1_tuned"][2])
+    assert tuned["f1_macro_tuned"] == pytest.approx(some["f1_macro"])
     nothing = multilabel_metrics(prob, torch.zeros_like(target))
     for key in ("map_macro", "map_micro", "f1_macro", "f1_micro"):
         assert math.isnan(nothing[key]), key
@@ -128,6 +135,16 @@ def test_streaming_in_any_batches_and_without_repeats():
         assert got[key] == pytest.approx(want[key], abs=1e-9), key
     torch.testing.assert_close(got["ap"], want["ap"])
     torch.testing.assert_close(got["best_threshold"], best_thresholds(prob, target))
+    first = MultiLabelMetrics(6)
+    for rows in (torch.tensor([5, 5, 3]), *index.split(40)):  # repeats before all others
+        first.update(prob[rows].requires_grad_(), target[rows], rows)
+    assert not any(part.requires_grad for part in first.prob), "else the graph of every batch is kept"
+    again = first.compute()
+    assert again["map_macro"] == pytest.approx(want["map_macro"], abs=1e-9)
+    assert again["f1_micro"] == pytest.approx(want["f1_micro"], abs=1e-9)
+    low = MultiLabelMetrics(6, threshold=0.2)
+    low.update(prob, target)
+    assert low.compute()["f1_macro"] == pytest.approx(multilabel_metrics(prob, target, 0.2)["f1_macro"])
     nobody = MultiLabelMetrics(1, threshold=0.35)
     nobody.update(torch.ones(2, 1), torch.zeros(2, 1))
     assert nobody.compute()["best_threshold"].item() == pytest.approx(0.35)

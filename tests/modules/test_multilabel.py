@@ -197,6 +197,7 @@ def test_jocor_step_is_its_loss_with_its_settings(tmp_path, choose):
     positive = batch["label"] > 0
     assert float(got["kept_positives"]) == pytest.approx(float(kept[positive].float().mean()))
     torch.testing.assert_close(out.logits, (z1 + z2) / 2)
+    torch.testing.assert_close(out.embedding, net.backbone(batch["image"]))  # filters see the first network
 
 
 def test_weights_reach_the_loss_of_one_network(tmp_path):
