@@ -180,6 +180,18 @@ def test_random_rows_of_the_memory_change_with_batch_and_seed(monkeypatch) -> No
     assert drawn[0] != drawn[2]
 
 
+def test_random_rows_of_the_memory_change_with_the_epoch(tmp_path: Path) -> None:
+    """The first batches of two epochs draw from different numbers, whatever is in the batches."""
+    seeds: dict[tuple[int, int], int] = {}
+
+    class Seeds(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            seeds[trainer.current_epoch, batch_idx] = pl_module._draw_seed
+
+    trainer(tmp_path, 2, [Seeds()], limit_train_batches=2, limit_val_batches=0).fit(module(), digits())
+    assert len(set(seeds.values())) == 4
+
+
 @pytest.mark.parametrize("stage", ["base", "impr"])
 def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected(stage: str) -> None:
     net, image = prepared(module(stage=stage, mining={"in_batch": -1.0}))
