@@ -132,6 +132,7 @@ class OnlineLinearProbe(SplitCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach the classifier before the checkpoint is restored, in evaluation too."""
+        self._restored = None  # an evaluation has restored it as well, but only a fit uses it up
         tolerate_absent_filters(pl_module)
         check_same_classes(trainer, "OnlineLinearProbe")
         data = getattr(trainer, "datamodule", None)

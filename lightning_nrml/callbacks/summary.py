@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lightning_nrml.callbacks.evaluator import SplitEvaluator
+from lightning_nrml.data.splits import Splits
 from lightning_nrml.files import write_text
 
 #: logged key -> how a person says it
@@ -116,10 +117,18 @@ class FitSummary(Callback):
             shown = f"--config {shlex.quote(str(config))}"
             if best is not None:
                 named = "best" if isinstance(best, BestCheckpoint) else shlex.quote(where)
-                lines.append(f"evaluate         nrml test {shown} --ckpt_path {named}")
+                lines.append(f"evaluate         nrml {_verb(trainer)} {shown} --ckpt_path {named}")
             if any(callback.last_model_path or callback.best_model_path for callback in _last(trainer)):
-                lines.append(f"train on         nrml fit {shown} --ckpt_path last --trainer.max_epochs N")
+                by_steps = trainer.max_epochs == -1 or 0 < trainer.max_steps <= trainer.global_step
+                limit = "max_steps" if by_steps else "max_epochs"  # whichever holds the run
+                lines.append(f"train on         nrml fit {shown} --ckpt_path last --trainer.{limit} N")
         return lines
+
+
+def _verb(trainer: Trainer) -> str:
+    """What measures a checkpoint: folders of ``train`` and ``val`` alone have nothing to test on."""
+    splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+    return "validate" if isinstance(splits, Splits) and splits.test is None else "test"
 
 
 def _best(trainer: Trainer) -> Any:

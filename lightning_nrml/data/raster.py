@@ -26,14 +26,24 @@ from lightning_nrml.files import write_text
 #: images decoded at a time for statistics
 _CHUNK = 64
 # filters of warnings belong to the whole process, and images are decoded on several threads
-_OPENING = threading.Lock()
+_opening = threading.Lock()
+
+
+def _unlock() -> None:
+    """A loader process that is forked while another thread opens a file must not wait for that thread."""
+    global _opening
+    _opening = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_unlock)
 
 
 @contextlib.contextmanager
 def open_raster(path: str) -> Iterator[Any]:
     """``rasterio.open`` without its warning of files that have no place on earth."""
     rasterio = import_extra("rasterio", path)
-    with _OPENING, warnings.catch_warnings():
+    with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         opened = rasterio.open(path)
     with opened as file:

@@ -104,6 +104,39 @@ def test_collapse_is_told_once(tmp_path: Path, spread: float, directions: int, w
     assert not [w for w in caught if "collapsed" in str(w.message)]
 
 
+@pytest.mark.parametrize("setting", ["min_spread", "min_rankme"])
+def test_thresholds_decide_from_where_on_it_is_a_collapse(tmp_path: Path, setting: str) -> None:
+    """Spread is std x sqrt(D), which does not depend on D; neither threshold says anything of the other."""
+    net, data = tiny(Collapsing, spread=1.0, directions=2), digits()
+    z = torch.cat([net.embed(data.apply_views(b, training=False)["image"]) for b in data.val_dataloader()])
+    value = float(embedding_std(z)) * 4 if setting == "min_spread" else float(rankme(z))
+    off = {"min_spread": 0.0, "min_rankme": 0.0}
+    for limit, warned in ((0.95 * value, False), (1.05 * value, True)):
+        callback = RepresentationHealth(**{**off, setting: limit})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(tmp_path, 1, [callback]).validate(net, data, verbose=False)
+        assert callback.warned is warned
+
+
+def test_few_directions_or_images_cannot_have_a_high_rank(tmp_path: Path) -> None:
+    """Two columns, or two images, have a RankMe of 2 at most: no sign of a collapse."""
+    callback = RepresentationHealth(min_spread=0.0, min_rankme=3.0)
+    for rows in (torch.randn(50, 2), torch.randn(3, 16)):
+        callback._warn({"std": 1.0, "rankme": float(rankme(rows))}, *rows.shape)
+    assert not callback.warned
+    callback._warn({"std": 1.0, "rankme": 2.9}, 4, 16)
+    assert callback.warned
+
+
+def test_one_image_or_one_view_has_no_pairs(tmp_path: Path) -> None:
+    callback, net = RepresentationHealth(), module()
+    callback.on_train_batch_end(None, net, {}, {"views": [torch.zeros(2, 1, 8, 8)]}, 0)
+    run = trainer(tmp_path, 1, [callback], limit_val_batches=1)
+    run.validate(net, digits(eval_batch_size=1), verbose=False)
+    assert not [key for key in run.callback_metrics if key.startswith("health")]
+
+
 def test_a_random_or_trained_net_is_no_collapse(tmp_path: Path) -> None:
     callback = RepresentationHealth()
     run = trainer(tmp_path, 2, [callback])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -11,15 +12,16 @@ from helpers import assert_same_state, digits, module, state_of, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.nn import functional as F
 
-from lightning_nrml.callbacks import OnlineLinearProbe
+from lightning_nrml.callbacks import NoiseFilterCallback, OnlineLinearProbe
 from lightning_nrml.callbacks.probe import ProbeHead
-from lightning_nrml.optim import OptimizerConfig
+from lightning_nrml.filters import FixedFilter
+from lightning_nrml.optim import OptimizerConfig, ScheduleConfig
 
 
 def test_gradient_equals_the_formula() -> None:
     """dCE/dlogits = softmax - onehot, on unit rows times sqrt(D)."""
     g = torch.Generator().manual_seed(0)
-    z, label = torch.randn(9, 4, generator=g), torch.tensor([0, 1, 2, 0, 1, 2, 0, -1, 1])
+    z, label = torch.randn(9, 4, generator=g), torch.tensor([0, 1, 2, 0, 1, 2, 0, -7, 1])  # below 0 = none
     head = ProbeHead(4, 3)
     head.weight.data = torch.randn(3, 4, generator=g)
     head.bias.data = torch.randn(3, generator=g)
@@ -100,6 +102,42 @@ def test_equals_a_hand_written_classifier(tmp_path: Path, label: str, key: str) 
     assert float(run.callback_metrics["val/probe_top1"]) == pytest.approx(hits / total, abs=2 / total)
 
 
+class PlainAdam(PlainSGD):
+    """The default optimiser: Adam at 1e-2 without weight decay."""
+
+    def __init__(self) -> None:
+        super().__init__("label")
+        self.sgd = torch.optim.Adam(self.linear.parameters(), 1e-2)
+
+
+def test_a_step_per_batch_on_all_rows_whatever_the_training_leaves_out(tmp_path: Path) -> None:
+    """Under gradient accumulation too, and on rows that a filter drops; by default with plain Adam."""
+    net, plain = module(schedule=ScheduleConfig("cosine", 0)), PlainAdam()
+    data = digits(test_size=1297)
+    probe, filtering = OnlineLinearProbe(), NoiseFilterCallback(FixedFilter([True, False] * 250))
+    run = trainer(tmp_path, 1, [probe, plain, filtering], accumulate_grad_batches=3, limit_train_batches=5)
+    run.fit(net, data)
+    assert run.global_step == 2
+    assert all(float(s["step"]) == 5 for s in probe.state_dict()["optimizer"]["state"].values())
+    assert 0 < float(run.callback_metrics["train/keep_rate"]) < 1
+    assert torch.allclose(net.probes["linear"].weight, plain.linear.weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_type(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, 1, [OnlineLinearProbe()], precision=precision)
+    run.fit(module(), digits())
+    assert 0.2 < float(run.callback_metrics["val/probe_top1"]) < 1
+
+
+def test_runs_in_test_too(tmp_path: Path) -> None:
+    net, run = module(), trainer(tmp_path, 1, [OnlineLinearProbe()])
+    run.fit(net, digits())
+    value = float(run.callback_metrics["val/probe_top1"])
+    (values,) = run.test(net, digits(), verbose=False)  # digits have one held-out part
+    assert values == {"test/probe_top1": value, "test/probe_top5": values["test/probe_top5"]}
+
+
 def test_learns_on_clean_digits_in_a_few_epochs(tmp_path: Path) -> None:
     run = trainer(tmp_path, 4, [OnlineLinearProbe()])
     run.fit(module(), digits(noise=None, epoch_length=1280))
@@ -139,6 +177,24 @@ def test_resume_is_bit_equal(tmp_path: Path, step: int) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(state[key], states[1][i][key])
     assert run.callback_metrics["val/probe_top1"] == rerun.callback_metrics["val/probe_top1"]
+
+
+def test_a_new_run_after_an_evaluation_starts_a_new_optimiser(tmp_path: Path) -> None:
+    """An evaluation restores the state of callbacks too; the fit after it is not that run."""
+    _run(tmp_path, 1)
+    callback = OnlineLinearProbe()
+    run = trainer(tmp_path, 1, [callback])
+    run.validate(module(), digits(), ckpt_path=tmp_path / "8.ckpt", weights_only=False, verbose=False)
+    run.fit(module(), digits())
+    assert {float(s["step"]) for s in callback.state_dict()["optimizer"]["state"].values()} == {8}
+
+
+def test_other_classes_or_features_make_another_classifier() -> None:
+    net, callback = module(), OnlineLinearProbe()
+    for classes, dim in ((10, 16), (3, 16), (3, 8)):
+        net._embedding_dim = dim
+        callback.setup(SimpleNamespace(datamodule=SimpleNamespace(num_classes=classes)), net, "fit")
+        assert net.probes["linear"].weight.shape == (classes, dim)
 
 
 def test_checkpoints_load_with_and_without_the_probe(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import lightning_nrml.__main__ as entry
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
@@ -228,6 +229,59 @@ def test_the_summary_names_the_checkpoint_that_it_evaluates(nrml, folder, ours, 
     assert saved["epoch"] == (1 if named == "best" else 0)
     code, _, err = nrml("test", "--config", "runs/tiny/config.yaml", "--ckpt_path", ckpt)
     assert code == 0, err
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "val", "test")])
+def test_the_summary_evaluates_on_a_split_that_exists(nrml, folder, parts):
+    for part in parts:
+        for label in range(2):
+            (folder / "photos" / part / str(label)).mkdir(parents=True)
+            for i in range(2):
+                Image.new("L", (8, 8), 90 * label + 10 * i).save(
+                    folder / "photos" / part / str(label) / f"{i}.png"
+                )
+    config = {
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "callbacks": [{"class_path": "RetrievalEvaluator"}],
+        },
+        "model": {
+            "class_path": "MetricLearning",
+            "init_args": {
+                "backbone": "conv4",
+                "backbone_kwargs": {"input_size": 8, "widths": [4], "strides": [2]},
+                "schedule": {"warmup_steps": 0},
+            },
+        },
+        "data": {
+            "class_path": "FolderDataModule",
+            "init_args": {"root": "photos", "image_size": 8, "channels": 1, "batch_size": 4},
+        },
+    }
+    (folder / "photos.yaml").write_text(yaml.safe_dump(config))
+    code, out, err = nrml("fit", "--config", "photos.yaml")
+    assert code == 0, err
+    (command,) = re.findall(r"evaluate +nrml (.+)$", out, re.MULTILINE)
+    assert command.split()[0] == ("test" if "test" in parts else "validate")
+    code, _, err = nrml(*command.split())
+    assert code == 0, err
+
+
+def test_the_summary_names_the_limit_that_ended_the_run(nrml, folder):
+    """``max_epochs N`` beside the ``max_steps`` of the config would train nothing more."""
+    for ends, number, steps in (
+        ((), "4", 8),
+        (("--trainer.max_epochs=-1", "--trainer.max_steps=3"), "5", 5),
+        (("--trainer.max_epochs=9", "--trainer.max_steps=3"), "5", 5),
+    ):
+        code, out, err = nrml(*FIT, *ends)
+        assert code == 0, err
+        (command,) = re.findall(r"train on +nrml (.+) N$", out, re.MULTILINE)
+        code, _, err = nrml(*command.split(), number)
+        assert code == 0, err
+        saved = torch.load(folder / "runs/tiny/checkpoints/last.ckpt", weights_only=True)
+        assert saved["global_step"] == steps
 
 
 def test_no_best_checkpoint_without_a_validation(nrml, folder, caplog):

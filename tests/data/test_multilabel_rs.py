@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from lightning_nrml.data import MultiLabelRSDataModule, NoiseConfig
+from lightning_nrml.data import raster as raster_module
 from lightning_nrml.data.multilabel_noise import multilabel, multilabel_scores
 from lightning_nrml.data.raster import RasterSource, band_statistics
 from lightning_nrml.data.sources import BadImageError, MemorySource, cached
@@ -447,3 +449,15 @@ def test_rasters_read_on_threads_leave_the_filters_of_warnings_as_they_are(tmp_p
         before = list(warnings.filters)
         assert len(cached(source)) == 400
         assert warnings.filters == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_forked_while_a_raster_is_opened_does_not_wait_for_ever(tmp_path):
+    pytest.importorskip("rasterio", reason=NO_RASTERIO)
+    with raster_module._opening:
+        child = os.fork()
+        if not child:
+            os._exit(0 if raster_module._opening.acquire(timeout=5) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert raster_module._opening.locked()

@@ -133,6 +133,14 @@ def test_half_precision_and_autocast_give_the_fp32_loss():
     assert torch.equal(got, InsCLRLoss()(x1.float(), y1, x2.float(), y2))
 
 
+def test_a_memory_in_float32_serves_float64_rows():
+    x1, y1, x2, y2 = batch()
+    bank = x2.detach().float()
+    got = InsCLRLoss()(x1, y1, bank, y2)
+    assert got.dtype is torch.float64
+    torch.testing.assert_close(got, InsCLRLoss()(x1, y1, bank.double(), y2))
+
+
 def test_wrong_arguments_are_named():
     x1, y1, x2, y2 = batch()
     with pytest.raises(ValueError, match=r"'x2' must be \(M, 3\) like 'x1', got shape \(31, 2\)"):

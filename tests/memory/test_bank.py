@@ -18,9 +18,10 @@ def test_equals_a_loop_with_repeats_and_bad_rows():
         index = torch.randint(0, 5, (9,), generator=generator)
         z = torch.randn(9, 3, generator=generator)
         z[torch.rand(9, generator=generator) < 0.3, 1] = math.nan
-        bank.write(index, z, epoch)
-        for i, row in zip(index.tolist(), z, strict=True):
-            if row.isfinite().all():
+        keep = None if epoch == 0 else (torch.rand(9, generator=generator) - 0.3).clamp(min=0)  # weights
+        bank.write(index, z, epoch, keep)
+        for i, row, kept in zip(index.tolist(), z, [1.0] * 9 if keep is None else keep, strict=True):
+            if row.isfinite().all() and kept:
                 want[i], epochs[i] = row, epoch
     assert torch.equal(bank.embedding, want)
     assert bank.epoch_seen.tolist() == epochs
@@ -65,3 +66,5 @@ def test_errors_say_what_is_wrong():
         bank.write(torch.tensor([0]), torch.ones(1, 3), 0)
     with pytest.raises(ValueError, match=r"'index' must have shape \(1,\)"):
         bank.write(torch.tensor([0, 1]), torch.ones(1, 2), 0)
+    with pytest.raises(ValueError, match=r"'keep' must have shape \(1,\)"):
+        bank.write(torch.tensor([0]), torch.ones(1, 2), 0, torch.ones(2))

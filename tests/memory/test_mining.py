@@ -204,7 +204,9 @@ CONFIGS = {
 @pytest.mark.parametrize("seed", range(4))
 def test_mined_sets_are_those_of_the_slow_loop(name: str, seed: int) -> None:
     config, given = MiningConfig(**CONFIGS[name]), case(seed)
+    written = given[6].clone()
     rows, label = mine(*given, config, 90, True, generator())
+    assert torch.equal(given[6], written)  # the bank's own record is left alone
     positive = label <= len(given[0])
     want, far, banned = slow_mine(*given, config)
     assert dict(zip(rows[positive].tolist(), label[positive].tolist(), strict=True)) == want
@@ -274,10 +276,13 @@ def test_wrong_settings_are_named() -> None:
         MiningConfig(hit=1.5)
     with pytest.raises(ValueError, match=r"mining\.negative 0\.8 is above mining\.positive 0\.7"):
         MiningConfig(positive=0.7, negative=0.8)
-    with pytest.raises(ValueError, match=r"mining\.rounds is -1: it must be 0 or more"):
-        MiningConfig(rounds=-1)
+    for name in ("rounds", "pick", "always_keep"):
+        with pytest.raises(ValueError, match=rf"mining\.{name} is -1: it must be 0 or more"):
+            MiningConfig(**{name: -1})
     with pytest.raises(ValueError, match=r"mining\.query must be one of \('b', 'b\+i'\), got 'i'"):
         MiningConfig(query="i")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mining\.score must be one of \('avg', 'max'\), got 'min'"):
+        MiningConfig(score="min")  # type: ignore[arg-type]
 
 
 # ---- pool -----------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +105,7 @@ def test_with_low_thresholds_impr_trains_the_batch_as_base_does() -> None:
 
 def test_the_plain_pass_moves_no_batch_norm_and_wakes_no_frozen_one() -> None:
     net, image = prepared(module())
+    net.head = torch.nn.Sequential(torch.nn.BatchNorm1d(64), net.head)
     batch = batch_of(net, image, [0, 9])
     net.backbone.body[1].eval()
     frozen = net.backbone.body[1].running_mean.clone()
@@ -112,6 +115,7 @@ def test_the_plain_pass_moves_no_batch_norm_and_wakes_no_frozen_one() -> None:
     before = net.backbone.body[4].running_mean.clone()
     net._plain_features(batch)
     assert torch.equal(net.backbone.body[4].running_mean, before)
+    assert int(net.head[0].num_batches_tracked) == 0
     net.step(batch)
     assert not torch.equal(net.backbone.body[4].running_mean, before)
     assert torch.equal(net.backbone.body[1].running_mean, frozen)
@@ -123,7 +127,9 @@ def test_memory_without_negatives_and_rows_that_a_bank_lacks() -> None:
     claim = net.step(batch).extras["memory_label"]
     assert len(claim) > 3
     assert int(claim.max()) <= 3
-    net.memory_negatives = True
+    net.memory_negatives, net.memory_size = True, len(claim) + 4
+    assert len(net.step(batch).extras["memory_label"]) == len(claim) + 4
+    net.memory_size = 60
     for bank in (net.bank, net.plain_bank):  # a feature that was not finite was not written
         assert bool((net.step(batch).extras["memory_index"] % 2 == 1).any())
         bank.epoch_seen[1::2] = -1
@@ -174,10 +180,22 @@ def test_random_rows_of_the_memory_change_with_batch_and_seed(monkeypatch) -> No
     for seed, number in ((7, 0), (7, 1), (8, 0), (7, 0)):
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         net.on_train_batch_start(batch, number)
-        drawn.append(net.step(batch).extras["memory_index"].tolist())
-    assert drawn[0] == drawn[3]
+        drawn.append([*net.step(batch).extras["memory_index"].tolist(), float(torch.rand(()))])
+    assert drawn[0] == drawn[3]  # and so is what dropout draws from
     assert drawn[0] != drawn[1]
     assert drawn[0] != drawn[2]
+
+
+def test_random_rows_of_the_memory_change_with_the_epoch(tmp_path: Path) -> None:
+    """The first batches of two epochs draw from different numbers, whatever is in the batches."""
+    seeds: dict[tuple[int, int], int] = {}
+
+    class Seeds(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            seeds[trainer.current_epoch, batch_idx] = pl_module._draw_seed
+
+    trainer(tmp_path, 2, [Seeds()], limit_train_batches=2, limit_val_batches=0).fit(module(), digits())
+    assert len(set(seeds.values())) == 4
 
 
 @pytest.mark.parametrize("stage", ["base", "impr"])
@@ -185,8 +203,7 @@ def test_an_image_that_stands_in_for_an_unreadable_neighbour_is_rejected(stage: 
     net, image = prepared(module(stage=stage, mining={"in_batch": -1.0}))
     batch = batch_of(net, image, [0, 9])
     batch["index"][5:8] = batch["index"][5:8].flip(0)  # neighbours in any order are neighbours
-    stranger = next(i for i in range(80) if i not in {*net.pool.neighbour[0, :3].tolist(), 0})
-    batch["index"][2], batch["index"][3] = stranger, 0
+    batch["index"][2], batch["index"][3] = int(net.pool.neighbour[0, 3]), 0  # the next one is none of the K
     assert net.step(batch).extras["group_label"].tolist() == [1, 1, -1, 1, 2, 2, 2, 2]
 
 
@@ -299,11 +316,50 @@ def test_the_pool_is_the_exact_search_and_is_rebuilt_by_rule(tmp_path: Path) -> 
     fresh = module()
     fresh.trainer = run
     z = embed_train_split(fresh)
+    assert not watch.start["backbone.body.1.running_mean"].any()  # the pass moves nothing
+    fresh.eval()
+    with torch.no_grad():
+        plain = [run.datamodule.apply_views(b, training=False) for b in run.datamodule.embed_dataloader()]
+        torch.testing.assert_close(z, torch.cat([fresh.embed(b["image"]) for b in plain]))
     value, index = topk_search(z, z, 20, exclude=torch.arange(len(z)), backend="faiss")
     torch.testing.assert_close(watch.start["pool.similarity"], value)
     for bank in ("bank", "plain_bank"):  # filled by the same pass
         torch.testing.assert_close(watch.start[f"{bank}.embedding"], z)
     assert float((watch.start["pool.neighbour"] == index).float().mean()) > 0.99  # ties may swap
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("stage", ["base", "impr"])
+def test_weights_of_another_type(tmp_path: Path, stage: str, precision: str) -> None:
+    net = module(stage=stage, mining=DIGITS)
+    run = trainer(tmp_path, 1, limit_train_batches=3, limit_val_batches=0, precision=precision)
+    run.fit(net, digits())
+    assert net.bank.embedding.dtype is torch.float32
+    assert float(run.callback_metrics["train/memory_loss"]) > 0
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_memory_format_and_what_ddp_leaves_alone(tmp_path: Path) -> None:
+    net, _, _ = _fit(tmp_path, 1, 1, channels_last=True)
+    assert net.backbone.body[3].weight.is_contiguous(memory_format=torch.channels_last)
+    ignored = net._ddp_params_and_buffers_to_ignore
+    assert {"pool.neighbour", "bank.embedding", "plain_bank.embedding"} <= set(ignored)
+
+
+def test_features_go_to_their_dataset_positions_and_unread_images_hold_nan() -> None:
+    net = module()
+    image = torch.rand(5, 1, 8, 8)
+    batches = [{"image": image[i], "index": i} for i in (torch.tensor([3, 0]), torch.tensor([2]))]
+    data = SimpleNamespace(
+        num_train_samples=5, embed_dataloader=lambda: batches, apply_views=lambda batch, training: batch
+    )
+    net.trainer = SimpleNamespace(
+        datamodule=data, precision_plugin=SimpleNamespace(forward_context=nullcontext)
+    )
+    z = embed_train_split(net)
+    want = net.eval().embed(image).detach()
+    want[[1, 4]] = math.nan
+    torch.testing.assert_close(z, want, equal_nan=True)
 
 
 def test_base_memory_is_written_and_read_from_its_steps_on(tmp_path: Path) -> None:
