@@ -86,7 +86,7 @@ class RepresentationHealth(SplitCallback):
             }
             self._warn(values, len(rows), rows.shape[1])
         for key, value in values.items():
-            pl_module.log(f"health/{key}", value, rank_zero_only=False)
+            pl_module.log(f"health/{key}", value, sync_dist=True)
 
     def _gathered(self, device: torch.device) -> Tensor:
         """``(n, D)`` rows of all ranks; a rank may have none."""

@@ -158,4 +158,4 @@ class OnlineKNN(SplitCallback):
             return
         self._knn = None
         for key, value in self._accuracy.compute().items():
-            pl_module.log(f"{prefix}/knn_{key}", value, prog_bar=key == "top1", rank_zero_only=False)
+            pl_module.log(f"{prefix}/knn_{key}", value, prog_bar=key == "top1", sync_dist=True)

@@ -202,7 +202,7 @@ class OnlineLinearProbe(SplitCallback):
         """Log ``val/probe_*`` or ``test/probe_*``."""
         if self._active:
             for key, value in self._accuracy.compute().items():
-                pl_module.log(f"{prefix}/probe_{key}", value, prog_bar=key == "top1", rank_zero_only=False)
+                pl_module.log(f"{prefix}/probe_{key}", value, prog_bar=key == "top1", sync_dist=True)
 
 
 def _head(pl_module: LightningModule) -> ProbeHead:

@@ -61,4 +61,4 @@ class Classifier(EmbeddingModule):
         if self.knows_classes:
             for key, value in self.accuracy.compute().items():
                 name = f"{stage}/{self.accuracy_prefix}{key}"
-                self.log(name, value, prog_bar=key == "top1", rank_zero_only=False)
+                self.log(name, value, prog_bar=key == "top1", sync_dist=True)
