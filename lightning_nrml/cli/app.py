@@ -225,7 +225,7 @@ class NRMLCLI(LightningCLI):
         self.save_config_kwargs = {"folder": str(self.output_folder), "arguments": arguments}
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the last: two callbacks of one kind
             if user_error(error) is None and raised_by(error, "lightning"):
                 raise UserError(f"trainer: {error}") from error
             raise

@@ -103,6 +103,14 @@ def test_unknown_option_of_the_optimiser(nrml):
     assert "no argument 'bettas' (options that it passes on go under 'kwargs'); accepted: decay_all" in err
 
 
+def test_a_callback_that_is_there_twice_is_named(nrml):
+    """As when one is added that the recipe has already."""
+    twice = "--trainer.callbacks=[RetrievalEvaluator, RetrievalEvaluator]"
+    code, _, err = nrml("fit", "--config", "tiny.yaml", twice)
+    assert code == 2
+    assert err.startswith("nrml: trainer: Found more than one stateful callback of type `RetrievalEvaluator`")
+
+
 def test_audit_tells_what_it_needs(nrml, folder):
     """Of the module; and which audit takes ``--images``."""
     code, _, err = nrml("audit", "--config", "tiny.yaml", "--ckpt_path", "init")
