@@ -215,26 +215,26 @@ def _write(
 ) -> AuditResult:
     """Table, corrected labels, report and summary; ``samples`` are multi-label ones behind the entries."""
     corrected = corrected_labels(frame, options.rule, options.below, options.confident)
-    rates = None
     if seen is not None:
         corrected = apply_review(corrected, seen)
-    if samples is None:
-        files = {"table": write_both(folder, TABLE, frame)}
-    else:  # of each label of each sample: millions of rows, which nobody reads in full
-        write_label_table(folder / f"{TABLE}.parquet", frame)
-        files = {"table": folder / f"{TABLE}.csv"}
-        write_frame(files["table"], frame[differs(frame)])
     report.sample_paths = sample_paths(data if samples is None else samples)
+    rates = None
     if samples is None:
-        files["corrected"] = write_both(folder, CORRECTED, corrected)
+        files = {
+            "table": write_both(folder, TABLE, frame),
+            "corrected": write_both(folder, CORRECTED, corrected),
+        }
     else:
         report.labels = samples.num_classes
+        rates = label_rates(frame, report.calibrated)
+        stems = {"table": TABLE, "corrected": CORRECTED, "rates": RATES}
+        files = {name: folder / f"{stem}.csv" for name, stem in stems.items()}
+        write_label_table(files["table"].with_suffix(".parquet"), frame)
+        # of each label of each sample: millions of rows, which nobody reads in full
+        write_frame(files["table"], frame[differs(frame)])
         wide = corrected_samples(corrected, samples)
-        files["corrected"] = folder / f"{CORRECTED}.csv"
         for suffix in (".parquet", ".csv"):
             write_frame(files["corrected"].with_suffix(suffix), wide)
-        rates = label_rates(frame, report.calibrated)
-        files["rates"] = folder / f"{RATES}.csv"
         write_frame(files["rates"], rates)
     files["report"] = write_report(
         folder / "report.html", frame, report, data.images, data.class_names, options.gallery

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import digits, module, trainer
 from lightning.pytorch import Callback
 
@@ -52,12 +51,7 @@ def fit(folder: Path, granularity: str) -> tuple[int, float, float]:
 @pytest.mark.benchmark
 @pytest.mark.timeout(1200)
 def test_images_and_time_saved(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = {name: fit(tmp_path / name, name) for name in ("batch", "epoch")}
-    finally:
-        torch.set_num_threads(threads)
+    found = {name: fit(tmp_path / name, name) for name in ("batch", "epoch")}
     print(f"\n{EPOCHS} epochs of digits, half of the labels wrong")
     batch, seconds, _ = found["batch"]
     for name, (images, own, precision) in found.items():

@@ -83,21 +83,16 @@ def filter_steps(num_classes: int) -> dict[str, Callable[[], None]]:
 @pytest.mark.benchmark
 @pytest.mark.parametrize("num_classes", [100, 1_000])
 def test_share_of_the_step(num_classes):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        steps = {"net": net_step(num_classes), **filter_steps(num_classes)}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for step in steps.values():
-            step()
-        for _ in range(ROUNDS):
-            for name, step in steps.items():
-                for _ in range(1 if name == "net" else TURN):
-                    start = time.process_time()
-                    step()
-                    times[name].append(1e3 * (time.process_time() - start))
-    finally:
-        torch.set_num_threads(threads)
+    steps = {"net": net_step(num_classes), **filter_steps(num_classes)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            for _ in range(1 if name == "net" else TURN):
+                start = time.process_time()
+                step()
+                times[name].append(1e3 * (time.process_time() - start))
     net = statistics.median(times["net"])
     print(f"\nResNet-18, batch {BATCH} of 3 x 32 x 32, {num_classes} classes, {SAMPLES} samples; goal: 3 %")
     for name, values in times.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,6 @@ NETS = {
     "conv4": {"input_size": SIZE, "widths": [32, 64, 128, 128]},
     "resnet18": {},
 }
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_images(root: Path, count: int) -> None:
@@ -158,7 +149,6 @@ def plain_ntxent(a: Tensor, b: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("net", list(NETS))
 def test_images_per_second_of_training(net, device, tmp_path):
     loss, heads, lightly_transform = (

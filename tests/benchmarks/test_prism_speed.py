@@ -93,28 +93,23 @@ def _official_step(memory: Tensor, label: Tensor, num_classes: int):
 @pytest.mark.benchmark
 @pytest.mark.parametrize(("memory_size", "num_classes", "goal"), [(60_000, 1_000, 15), (60_000, 11_000, 7)])
 def test_step_beside_the_official_style(memory_size, num_classes, goal):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        g = torch.Generator().manual_seed(0)
-        label = torch.arange(memory_size) % num_classes
-        memory = normalize(torch.randn(memory_size, DIM, generator=g))
-        ours, filter = _filter_step(memory, label, num_classes)
-        steps = {
-            "ours": ours,
-            "official style": _official_step(memory, label, num_classes),
-            "XBM + centres": _peer_step(memory, label, num_classes),
-            "product alone": lambda x, y, i: (x @ filter.centers.T).exp_().sum(1),
-        }
-        index = torch.randint(memory_size, (STEPS, BATCH), generator=g)
-        noise = torch.randn(STEPS, BATCH, DIM, generator=g)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        batches = [(normalize(memory[i] + 0.05 * e), label[i], i) for i, e in zip(index, noise, strict=True)]
-        for turn in range(0, STEPS, TURN):
-            for name, step in steps.items():
-                times[name] += [_cpu_ms(step, *batch) for batch in batches[turn : turn + TURN]]
-    finally:
-        torch.set_num_threads(threads)
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(memory_size) % num_classes
+    memory = normalize(torch.randn(memory_size, DIM, generator=g))
+    ours, filter = _filter_step(memory, label, num_classes)
+    steps = {
+        "ours": ours,
+        "official style": _official_step(memory, label, num_classes),
+        "XBM + centres": _peer_step(memory, label, num_classes),
+        "product alone": lambda x, y, i: (x @ filter.centers.T).exp_().sum(1),
+    }
+    index = torch.randint(memory_size, (STEPS, BATCH), generator=g)
+    noise = torch.randn(STEPS, BATCH, DIM, generator=g)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    batches = [(normalize(memory[i] + 0.05 * e), label[i], i) for i, e in zip(index, noise, strict=True)]
+    for turn in range(0, STEPS, TURN):
+        for name, step in steps.items():
+            times[name] += [_cpu_ms(step, *batch) for batch in batches[turn : turn + TURN]]
     median = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"\nmemory {memory_size}, classes {num_classes}, batch {BATCH}, D {DIM}; goal: {goal}x official style"

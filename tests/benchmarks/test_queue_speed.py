@@ -16,7 +16,6 @@ from lightning_nrml.memory import FeatureQueue
 
 pytestmark = pytest.mark.benchmark
 DIM, ROWS = 128, 256
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
@@ -34,7 +33,6 @@ def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.quantiles(times, n=10)[0]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_enqueue(device):
     z = torch.randn(ROWS, DIM, device=device)
     label = torch.arange(ROWS, device=device)
@@ -59,7 +57,6 @@ def test_enqueue(device):
         assert len(ours) == size
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory", [20_000, 60_000])
 def test_memory_loss(device, memory):
     generator = torch.Generator().manual_seed(0)

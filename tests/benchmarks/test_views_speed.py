@@ -44,24 +44,18 @@ def median_seconds(call, calls=3):
 @pytest.mark.benchmark
 @pytest.mark.parametrize(("source", "size", "rows"), [(64, 64, 256), (96, 64, 256), (256, 224, 32)])
 def test_images_per_second(source, size, rows):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        coarse = torch.rand(rows, 3, 8, 8)
-        image = (F.interpolate(coarse, (source, source), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
-        peer = torchvision_view(size)
-        ours = {
-            mode: simclr_views(size, mean=MEAN, std=STD, interpolation=mode)
-            for mode in ("bilinear", "bicubic")
-        }
-        rate = {
-            f"ours, {mode} crop": rows / median_seconds(lambda make=make: make(image, ViewKey(0)))
-            for mode, make in ours.items()
-        }
-        two_views = lambda: [torch.stack([peer(x) for x in image]) for _ in range(2)]  # noqa: E731
-        rate["torchvision v2, bilinear crop, one image at a time"] = rows / median_seconds(two_views)
-    finally:
-        torch.set_num_threads(threads)
+    coarse = torch.rand(rows, 3, 8, 8)
+    image = (F.interpolate(coarse, (source, source), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    peer = torchvision_view(size)
+    ours = {
+        mode: simclr_views(size, mean=MEAN, std=STD, interpolation=mode) for mode in ("bilinear", "bicubic")
+    }
+    rate = {
+        f"ours, {mode} crop": rows / median_seconds(lambda make=make: make(image, ViewKey(0)))
+        for mode, make in ours.items()
+    }
+    two_views = lambda: [torch.stack([peer(x) for x in image]) for _ in range(2)]  # noqa: E731
+    rate["torchvision v2, bilinear crop, one image at a time"] = rows / median_seconds(two_views)
     print(f"\n{source} -> {size}, two views, images per CPU second on one thread:")
     for name, value in rate.items():
         print(f"  {name}: {value:.0f}")
