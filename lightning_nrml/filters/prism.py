@@ -186,11 +186,11 @@ class PRISM(NoiseFilter, CenterMemory):
         return _argmax(scores).masked_fill_(~(finite & self.filled.any()), -1)
 
     def _log_prob(self, scores: Tensor, known: Tensor, label: Tensor) -> Tensor:
-        """``log P_clean`` ``(B,)`` in float64, NaN where not ``known``; uses ``scores`` up."""
+        """``log P_clean`` ``(B,)``, NaN where not ``known``, of the type of ``scores``, which it uses up."""
         column = label.unsqueeze(1)
-        given = scores.gather(1, column).squeeze(1).double()
+        given = scores.gather(1, column).squeeze(1)
         if self.similarity != "vmf":
-            total = scores.exp_().sum(dim=1).double()  # |s| <= 1, so the exponential needs no shift
+            total = scores.exp_().sum(dim=1)  # |s| <= 1, so the exponential needs no shift
             if self.count_empty_classes:
                 total += self.num_classes - self.filled.sum()
             # with two classes or more log P is below -0.12: hardshrink only makes a single class's 0 exact
@@ -202,7 +202,7 @@ class PRISM(NoiseFilter, CenterMemory):
                 uniform = log_normalizer(others.new_zeros(()), self.embedding_dim)
                 others = others.logaddexp(uniform + (self.num_classes - self.filled.sum()).double().log())
             log_prob = -torch.logaddexp(others - given, torch.zeros_like(given))
-        return log_prob.masked_fill_(~known, torch.nan)
+        return torch.where(known, log_prob, torch.nan)
 
     # -- decisions ----------------------------------------------------------------------------------
 

@@ -135,12 +135,15 @@ class CenterMemory(ClassSums):
     """
 
     pointer: Tensor
-    count: Tensor
 
     def __init__(self, num_classes: int, embedding_dim: int, memory_size: int) -> None:
         super().__init__(num_classes, embedding_dim, memory_size)
-        for name in ("pointer", "count"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def count(self) -> Tensor:
+        """0-d int64, rows in use."""
+        return (self.memory_label >= 0).sum()
 
     def remember(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
         """Write the kept ones of unit rows ``(B, D)`` into the ring, oldest rows first to go."""
@@ -171,7 +174,6 @@ class CenterMemory(ClassSums):
             new_label = torch.where(fresh, new_label, self.memory_label.index_select(0, slot))
         self.put(slot, new, new_label)
         self.pointer.add_(kept).remainder_(self.memory_size)
-        self.count.add_(kept).clamp_max_(self.memory_size)
 
 
 class SampleCenters(ClassSums):

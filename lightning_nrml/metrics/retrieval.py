@@ -73,7 +73,9 @@ def retrieval_metrics(
     order = relevant.argsort(descending=True, stable=True)[: len(query_row) - skipped]
     query_row, relevant = query_row[order], relevant[order]
 
-    index = ExactIndex(rows if gallery_row is None else rows[gallery_row], backend, chunk)
+    # selected by column of the transpose, which keeps the layout of prepare_rows
+    chosen = rows if gallery_row is None else rows.T.index_select(1, gallery_row).T
+    index = ExactIndex(chosen, backend, chunk)
     gallery_label = label if gallery_row is None else label[gallery_row]
     value = _per_query(index, rows, query_row, label, gallery_label, relevant, place, ks)
     mean = _average(value, label[query_row], len(classes), average)
