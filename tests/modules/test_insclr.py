@@ -20,7 +20,7 @@ from lightning_nrml.data.views import InsCLRViews, ViewKey
 from lightning_nrml.memory.mining import mine
 from lightning_nrml.metrics.search import topk_search
 from lightning_nrml.modules import InsCLR, MetricLearning
-from lightning_nrml.modules.full_pass import embed_train_split
+from lightning_nrml.modules.full_pass import embed_train_split, evaluating
 from lightning_nrml.types import FilterContext, Selection
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -121,6 +121,16 @@ def test_the_plain_pass_moves_no_batch_norm_and_wakes_no_frozen_one() -> None:
     assert torch.equal(net.backbone.body[1].running_mean, frozen)
 
 
+def test_evaluating_leaves_no_graph_and_draws_nothing() -> None:
+    net, image = prepared(module())
+    before = torch.get_rng_state()
+    with evaluating(net):
+        torch.rand(3)
+        assert not net.embed(image).requires_grad
+    assert torch.equal(torch.get_rng_state(), before)
+    assert net.embed(image).requires_grad
+
+
 def test_memory_without_negatives_and_rows_that_a_bank_lacks() -> None:
     net, image = prepared(module(memory_negatives=False))
     batch = batch_of(net, image, [0, 9, 18])
@@ -180,10 +190,12 @@ def test_random_rows_of_the_memory_change_with_batch_and_seed(monkeypatch) -> No
     for seed, number in ((7, 0), (7, 1), (8, 0), (7, 0)):
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         net.on_train_batch_start(batch, number)
-        drawn.append([*net.step(batch).extras["memory_index"].tolist(), float(torch.rand(()))])
-    assert drawn[0] == drawn[3]  # and so is what dropout draws from
-    assert drawn[0] != drawn[1]
-    assert drawn[0] != drawn[2]
+        drawn.append((net.step(batch).extras["memory_index"].tolist(), float(torch.rand(()))))
+    rows, dropout = zip(*drawn, strict=True)
+    for what in (rows, dropout):
+        assert what[0] == what[3]
+        assert what[0] != what[1]
+        assert what[0] != what[2]
 
 
 def test_random_rows_of_the_memory_change_with_the_epoch(tmp_path: Path) -> None:
@@ -337,6 +349,24 @@ def test_weights_of_another_type(tmp_path: Path, stage: str, precision: str) -> 
     assert net.bank.embedding.dtype is torch.float32
     assert float(run.callback_metrics["train/memory_loss"]) > 0
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_the_pass_over_the_train_split_runs_in_the_precision_of_training(
+    tmp_path: Path, monkeypatch, precision: str
+) -> None:
+    seen: list[bool] = []
+    project = InsCLR._project
+
+    def watched(self: InsCLR, x: Tensor) -> Tensor:
+        if not self.training:
+            seen.append(torch.is_autocast_enabled("cpu"))
+        return project(self, x)
+
+    monkeypatch.setattr(InsCLR, "_project", watched)
+    run = trainer(tmp_path, 1, limit_train_batches=1, limit_val_batches=0, precision=precision)
+    run.fit(module(), digits())
+    assert set(seen) == {precision == "bf16-mixed"}
 
 
 def test_memory_format_and_what_ddp_leaves_alone(tmp_path: Path) -> None:
