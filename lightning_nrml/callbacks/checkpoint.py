@@ -105,7 +105,12 @@ class LastCheckpoint(_RunCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if this epoch counts; what was trained after that would be lost if no epoch follows."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._every_n_epochs and is_final(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        if is_final(trainer):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write now, on all ranks together, unless this step was saved or the checkpoint is switched off."""
+        if self._every_n_epochs and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

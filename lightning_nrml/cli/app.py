@@ -23,7 +23,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_nrml.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
@@ -45,7 +45,8 @@ from lightning_nrml.cli.run_folder import (
     with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
-from lightning_nrml.cli.trainer import NRMLTrainer, StopTogether, check_embeds
+from lightning_nrml.cli.signals import StopTogether, TimeIsUp, requeue, restarted_job
+from lightning_nrml.cli.trainer import NRMLTrainer, check_embeds
 
 #: read from the data once it exists, and handed to models that take them
 LINKED = ("num_classes", "in_channels")
@@ -144,6 +145,8 @@ class NRMLCLI(LightningCLI):
         command = self.config.get("subcommand", "fit")
         # the last one wins, but a saved config after --ckpt_path, whose null means "anew", takes nothing back
         given = config.get("ckpt_path") or option(self.arguments, "--ckpt_path")
+        if command == "fit" and given is None:
+            given = self._of_restarted_job()
         self._ckpt_path = resolve_checkpoint(command, None if given == "null" else given, self.run_folder)
         if self._ckpt_path is not None:
             check_checkpoint(self._ckpt_path)
@@ -154,6 +157,14 @@ class NRMLCLI(LightningCLI):
             config.ckpt_path = None
         self._place_loggers(command, config)
         self._check_places(command, config)
+
+    def _of_restarted_job(self) -> str | None:
+        """``last`` if SLURM runs this job once more, and what lies in the run folder was written by it."""
+        job, last = restarted_job(), self.run_folder / CHECKPOINTS / "last.ckpt"
+        if job is None or not last.is_file() or saved_by_run(str(last)).get("slurm_job") != job:
+            return None
+        rank_zero_info(f"SLURM has started job {job} again: it goes on from {last}.")
+        return "last"
 
     def _check_places(self, command: str, config: Namespace) -> None:
         """See that what the command writes can be written, before minutes go into building data and model."""
@@ -188,7 +199,7 @@ class NRMLCLI(LightningCLI):
                 self._follow(init, "save_dir", str(self.run_folder), self._roots, unset=".")
                 self._follow(init, "name", self.run_folder.name, [root.name for root in self._roots])
                 if command == "fit" and self._ckpt_path:
-                    self._follow(init, "id", saved_wandb_id(self._ckpt_path))
+                    self._follow(init, "id", saved_by_run(self._ckpt_path).get("wandb_id"))
 
     def _follow(
         self,
@@ -306,13 +317,13 @@ def check_checkpoint(ckpt_path: str) -> None:
         )
 
 
-def saved_wandb_id(ckpt_path: str) -> str | None:
-    """The W&B run id that :class:`RunConfig` kept in a checkpoint, if any."""
+def saved_by_run(ckpt_path: str) -> Mapping[str, Any]:
+    """What :class:`RunConfig` kept in a checkpoint: W&B run id and SLURM job."""
     import torch
 
-    callbacks = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
-    state: Mapping[str, Any] = callbacks.get(RunConfig.__qualname__, {})
-    return state.get("wandb_id")
+    content = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    state: Mapping[str, Any] = content.get("callbacks", {}).get(RunConfig.__qualname__, {})
+    return state
 
 
 #: their classes may be named in YAML without a path
@@ -375,6 +386,9 @@ def run(args: list[str]) -> int:
         args = expand_configs(args)
         without_advertisements()
         NRMLCLI(args)
+    except TimeIsUp:
+        print(f"nrml: {requeue()}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except SIGTERMException:  # a SystemExit without a code, which a shell would take for success
         hint = " Go on with the same command and --ckpt_path last." if "fit" in args[:1] else ""
         print(f"nrml: stopped by SIGTERM.{hint}", file=sys.stderr)

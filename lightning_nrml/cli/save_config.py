@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,8 +75,8 @@ class RunConfig(SaveConfigCallback):
         self._claim.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The W&B run id, for the checkpoint."""
-        return {"wandb_id": self.wandb_id}
+        """For the checkpoint: the W&B run id, and the SLURM job that goes on with it if it is restarted."""
+        return {"wandb_id": self.wandb_id, "slurm_job": os.environ.get("SLURM_JOB_ID")}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_nrml.audit import AuditOptions, review_marks
@@ -198,43 +197,6 @@ def _write_onnx(model: EmbeddingModule, datamodule: NRMLDataModule, path: Path) 
         f"image            float32, any number x {size}, values {units}; normalised within\n"
         f"largest difference to PyTorch  {checked}"
     )
-
-
-class StopTogether:
-    """Lets all ranks of a fit stop before the same batch when any of them is told to (SIGTERM).
-
-    Lightning broadcasts from within its signal handler. If that runs beside another collective, as it does
-    where a scheduler tells every process, the ranks wait for each other for ever.
-
-    Args:
-        trainer: its handler is replaced, if it has several ranks.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer: Any = trainer
-        self.told = False
-        connector: Any = trainer._signal_connector
-        epoch_loop: Any = trainer.fit_loop.epoch_loop
-        if trainer.world_size > 1 and hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
-            connector._sigterm_notifier_fn = self.note
-            epoch_loop._broadcast_sigterm_tensor = self.agree
-
-    def note(self, signum: int, frame: Any) -> None:
-        """The handler: no collective; the processes that this one launched are told, too."""
-        if not self.told and self.trainer.strategy.launcher is not None:
-            self.trainer.strategy.launcher.kill(signum)
-        self.told = True
-        # evaluation has no step at which ranks agree
-        self.trainer._signal_connector.received_sigterm = self.trainer.state.fn != "fit"
-
-    def agree(self) -> None:
-        """Called by all ranks before each training batch.
-
-        Raises:
-            SIGTERMException: one of them was told to stop.
-        """
-        if self.trainer.strategy.reduce_boolean_decision(self.told, all=False):
-            raise SIGTERMException
 
 
 def check_embeds(model: LightningModule, instead: str = ".") -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,29 +64,36 @@ def test_the_index_opens_no_image_and_lists_each_folder_once(tmp_path, monkeypat
     assert all(name.dtype.kind == "S" and name.itemsize <= 64 for name in source.names.values())
 
 
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Path]:
+    """Its million files are not left for pytest to tidy up in some later run."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("layout", ["v2 folders", "v2 lmdb", "v1 json"])
-def test_600k_patches(layout, tmp_path, record_property) -> None:
+def test_600k_patches(layout, archive, record_property) -> None:
     """Measured, not asserted, is the time; memory must stay below 2.5 kB per patch."""
     rows = 600_000
-    arguments: dict[str, object] = {"path": str(tmp_path), "statistics_folder": str(tmp_path / "kept")}
+    arguments: dict[str, object] = {"path": str(archive), "statistics_folder": str(archive / "kept")}
     if layout == "v1 json":
         s2, s1 = v1_names(rows)
-        write_json(tmp_path, s2, [])
+        write_json(archive, s2, [])
         cuts = {"train": s2[: rows // 2], "val": s2[rows // 2 : 3 * rows // 4], "test": s2[3 * rows // 4 :]}
         for name, lines in cuts.items():
-            (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+            (archive / f"{name}.csv").write_text("\n".join(lines))
         arguments["nomenclature"] = 43
     else:
         s2, s1 = v2_names(rows)
-        write_metadata(tmp_path / "metadata.parquet", s2, s1)
+        write_metadata(archive / "metadata.parquet", s2, s1)
         if layout == "v2 lmdb":
             pytest.importorskip("lmdb", reason=NO_LMDB)
-            write_lmdb(tmp_path / "x.lmdb", dict.fromkeys([*s2, *s1], b"x"))
+            write_lmdb(archive / "x.lmdb", dict.fromkeys([*s2, *s1], b"x"))
             arguments |= {"lmdb": "x.lmdb", "bands": "both"}
         else:
-            folders(tmp_path, s2)
+            folders(archive, s2)
     for turn in ("first", "again"):
         found = measure(**arguments)
         record_property(turn, found)

@@ -339,7 +339,7 @@ def test_processes_that_lightning_launches_equal_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
-    """As ``scancel`` and ``timeout`` tell them: neither hangs, and the exit code says why."""
+    """As ``scancel`` and ``timeout`` tell them: neither hangs, the step is saved, the exit code says why."""
     clean = {
         k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
     }
@@ -356,9 +356,11 @@ def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
             last = tmp_path / "checkpoints" / "last.ckpt"
             wait_for(lambda: last.is_file() or process.poll() is not None)
             assert last.is_file()
+            first = torch.load(last, weights_only=True)["global_step"]
             os.killpg(process.pid, signal.SIGTERM)
             assert process.wait(timeout=300) == 128 + signal.SIGTERM
             wait_for(lambda: (tmp_path / "log").read_text().count("stopped by SIGTERM") == 2)
+            assert torch.load(last, weights_only=True)["global_step"] > first
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
