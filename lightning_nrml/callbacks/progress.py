@@ -26,3 +26,7 @@ class NRMLProgressBar(RichProgressBar):
         """What the bar shows: short names, at most three significant digits."""
         known: dict[str, Any] = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
         return {short: f"{float(known[key]):.3g}" for key, short in SHOWN.items() if key in known}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning counts epochs to -2 where only ``max_steps`` ends a run."""
+        return super()._get_train_description(current_epoch).replace("/-2", "")

@@ -187,10 +187,12 @@ class EmbeddingMap(SplitCallback):
         frame = map_frame(sample, xy, *_names(trainer, split), _keep(trainer, pl_module, split))
         write_frame(picture.with_suffix(".csv"), frame)
         draw_map(frame, picture, self._title(trainer, sample, split), axes)
+        # where Lightning puts the metrics of this evaluation; global_step is one further
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"embedding_map/{split}", [str(picture)], trainer.global_step)
-                logger.log_table(f"embedding_map/{split}_points", dataframe=frame, step=trainer.global_step)
+                logger.log_image(f"embedding_map/{split}", [str(picture)], step)
+                logger.log_table(f"embedding_map/{split}_points", dataframe=frame, step=step)
         if picture not in self._drawn:
             rank_zero_info(f"Embedding map of {len(frame)} {split} images: {picture} (points: {name}.csv)")
         self._drawn.add(picture)

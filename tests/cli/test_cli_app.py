@@ -584,3 +584,14 @@ def test_exit_code_reaches_who_replaced_sys_exit(monkeypatch):
     with contextlib.suppress(SystemExit):
         sys.exit(entry.script())  # as the installed command does
     assert seen == [2]
+
+
+@pytest.mark.parametrize(("end", "text"), [("max_epochs=2", "Epoch 1/1"), ("max_steps=3", "Epoch 1 ")])
+def test_the_bar_counts_to_no_epoch_where_steps_end_the_run(nrml, folder, end, text):
+    """Lightning's says ``Epoch 1/-2`` there."""
+    config = (folder / "tiny.yaml").read_text().replace("  enable_progress_bar: false\n", "")
+    (folder / "tiny.yaml").write_text(config.replace("  max_epochs: 2\n", ""))
+    code, out, err = nrml(*FIT, f"--trainer.{end}")
+    assert code == 0, err
+    assert text in out + err
+    assert "/-2" not in out + err

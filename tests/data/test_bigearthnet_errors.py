@@ -25,6 +25,7 @@ def test_bad_files_are_named(tmp_path, monkeypatch) -> None:
     made = planes(0, list(S2_SIDES))
     hole = planes(9, ["VV"])["VV"]
     hole[3, 4] = np.nan
+    write_tif(file(1, "B04"), made["B04"] + 1, nodata=0)  # none of its pixels is
     for band, change, words in (
         ("B05", lambda f: f.unlink(), "band file .*_B05.tif is missing"),
         ("B02", lambda f: f.write_text("no raster"), r"cannot read .*_B02.tif \(Rasterio"),
@@ -146,6 +147,8 @@ def test_bad_lists_and_json_are_named(tmp_path) -> None:
         ),
         ("val", f"{s2[2]}\n\n{s2[1]}\n", "bigearthnet-val.csv, line 2: ''; a line is"),
         ("val", f"{s2[2]}\n{s2[2]}\n", f"patch '{s2[2]}' stands in lines 1 and 2"),
+        # the first line that repeats another, not the first that is repeated
+        ("val", "".join(f"{s2[i]}\n" for i in (2, 4, 4, 2)), f"patch '{s2[4]}' stands in lines 2 and 3"),
         (
             "test",
             f"{s2[4]}\nS2A_9\n",
@@ -171,6 +174,10 @@ def test_bad_lists_and_json_are_named(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             module(tmp_path, tmp_path / "cache", nomenclature=43, **kwargs).splits
+    (tmp_path / "BigEarthNet-S1-v1.0").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*BigEarthNet-S1-v1.0; check path, or bands"):
+        module(tmp_path, tmp_path / "cache", nomenclature=43, bands="s1").splits
+    (tmp_path / "away").rename(tmp_path / "BigEarthNet-S1-v1.0")
     with pytest.raises(FileNotFoundError, match=r"no list .*snow.csv"):
         module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["snow.csv"]).splits
     file = tmp_path / "BigEarthNet-v1.0" / s2[5] / f"{s2[5]}_labels_metadata.json"
