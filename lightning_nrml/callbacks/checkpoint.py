@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_nrml.callbacks.evaluator import is_final
 from lightning_nrml.data.labelled import LabelledData
+from lightning_nrml.files import make_folder
 
 #: callback -> how the names of its metrics start
 LOGGED_BY = {
@@ -22,7 +23,32 @@ LOGGED_BY = {
 
 
 class _RunCheckpoint(ModelCheckpoint):
-    """A checkpoint in a run folder, which may be moved."""
+    """A checkpoint in a run folder, which may be moved, and may hold the checkpoints of an earlier run.
+
+    These are put aside, into ``previous/``, when a new run has done its first step. A resume or an evaluation
+    would otherwise take them for its own until it has written one, which it may never do.
+    """
+
+    _of_earlier_run: Path | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the file that is there belongs to another run."""
+        super().on_train_start(trainer, pl_module)
+        folder, resumed = Path(str(self.dirpath)), trainer.ckpt_path
+        file = folder / f"{self.filename}.ckpt"
+        goes_on = resumed is not None and Path(str(resumed)).resolve().parent == folder.resolve()
+        mine = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        self._of_earlier_run = file if mine and not goes_on and file.is_file() else None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Put it aside; a run that fails at its start leaves it where it is."""
+        file, self._of_earlier_run = self._of_earlier_run, None
+        if file is not None:
+            aside = file.parent / "previous" / file.name
+            make_folder(aside.parent)
+            file.replace(aside)
+            rank_zero_info(f"The checkpoint of an earlier run in this folder is now {aside}.")
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

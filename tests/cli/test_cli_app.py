@@ -595,3 +595,33 @@ def test_the_bar_counts_to_no_epoch_where_steps_end_the_run(nrml, folder, end, t
     assert code == 0, err
     assert text in out + err
     assert "/-2" not in out + err
+
+
+def test_a_new_run_puts_the_checkpoints_of_an_earlier_one_aside(nrml, folder, caplog):
+    """Else its ``best`` would be a model of other settings; one that fails at its start changes nothing."""
+    here = folder / "runs/tiny/checkpoints"
+    assert nrml(*FIT)[0] == 0
+    old = {name: (here / f"{name}.ckpt").read_bytes() for name in ("best", "last")}
+    fails = ["--model=cli_fakes.Failing", "--model.init_args.at=on_train_start"]
+    with pytest.raises(RuntimeError, match="failed at start"):
+        nrml(*FIT, *fails)
+    assert old == {name: (here / f"{name}.ckpt").read_bytes() for name in old}
+
+    never = ["--trainer.check_val_every_n_epoch=5", "--model.init_args.rule.lr=0.5"]
+    with caplog.at_level("INFO"):
+        assert nrml(*FIT, *never)[0] == 0
+    assert "earlier run in this folder is now " in caplog.text
+    assert "runs/tiny/checkpoints/previous/best.ckpt." in caplog.text
+    assert old == {name: (here / f"previous/{name}.ckpt").read_bytes() for name in old}
+    code, _, err = nrml("test", "--config", "tiny.yaml", "--ckpt_path", "best")
+    assert code == 2
+    assert "best.ckpt does not exist (that folder has last.ckpt)" in err
+
+    kept = (here / "last.ckpt").read_bytes()
+    assert nrml(*FIT, "--ckpt_path=last", "--trainer.max_epochs=3")[0] == 0  # the same run
+    assert old == {name: (here / f"previous/{name}.ckpt").read_bytes() for name in old}
+    assert torch.load(here / "last.ckpt", weights_only=True)["global_step"] == 6
+    copy = folder / "elsewhere.ckpt"
+    copy.write_bytes(kept)
+    assert nrml(*FIT, f"--ckpt_path={copy}", "--trainer.max_epochs=4")[0] == 0  # one that branches off
+    assert torch.load(here / "previous/last.ckpt", weights_only=True)["global_step"] == 6

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +274,11 @@ def test_lmdb_equals_folders_also_in_workers_and_twice_in_a_process(archive) -> 
     assert queue.get() == []
     child.join()
     assert list(bigearthnet_source._OPEN) == [str((root / "ben.lmdb").resolve())]
+    single = root / "one_file.lmdb"  # the database without its folder
+    shutil.copy(root / "ben.lmdb/data.mdb", single)
+    alone = module(root, root / "cache", bands="both", lmdb=single.name, cache=False)
+    assert torch.equal(alone.splits.train.images.get(range(3)), want)
+    bigearthnet_source._OPEN.pop(str(single.resolve())).close()
     del values[s1[1]]
     write_lmdb(
         root / "less.lmdb",
@@ -311,12 +318,25 @@ def test_what_is_left_out(tmp_path) -> None:
     assert data.train_paths == [s2[i] for i in (0, 2, 3)]
     assert data.splits.val.paths == [s2[9]]
     assert data.train_label.argmax(1).tolist() == [0, 2, 3]
+    (tmp_path / "first.csv").write_text(s2[0])  # the first one of the archive, and no other
+    data = module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["first.csv"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.train_paths == [s2[i] for i in (2, 3, 4)]
     keep = module(tmp_path, tmp_path / "cache", nomenclature=43, keep_snow_and_cloud=True)
     assert keep.train_paths == s2[:6]
     (tmp_path / "mine.csv").write_text(f"{s1[4]}\n{s1[5]}\n")  # names of the other sensor
     same = module(tmp_path, tmp_path / "cache", nomenclature=43, exclude=["mine.csv"])
     with pytest.warns(UserWarning, match=r"none of the 2 patches in .*mine.csv is in .*: it leaves nothing"):
         assert same.train_paths == [s2[i] for i in (0, 2, 3, 4)]
+
+
+def test_lists_that_lie_in_the_folder_of_v2_do_not_overrule_its_table(archive) -> None:
+    root, s2, _ = archive
+    (root / "train.csv").write_text(s2[4])
+    assert module(root, root / "cache", cache=False).train_paths == s2[:3]
+    given = module(root, root / "cache", cache=False, splits={"train": "train.csv"})
+    assert given.train_paths == s2[4:]
 
 
 def test_a_table_of_v1_has_43_names_and_spares_the_json_files(tmp_path) -> None:
