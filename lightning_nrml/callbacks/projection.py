@@ -187,10 +187,10 @@ class EmbeddingMap(SplitCallback):
         frame = map_frame(sample, xy, *_names(trainer, split), _keep(trainer, pl_module, split))
         write_frame(picture.with_suffix(".csv"), frame)
         draw_map(frame, picture, self._title(trainer, sample, split), axes)
-        # where Lightning puts the metrics of this evaluation; global_step is one further
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
+                # where Lightning puts the metrics of this evaluation; global_step is one further
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.log_image(f"embedding_map/{split}", [str(picture)], step)
                 logger.log_table(f"embedding_map/{split}_points", dataframe=frame, step=step)
         if picture not in self._drawn:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_nrml.__main__ import main
-from lightning_nrml.cli.signals import StopTogether
+from lightning_nrml.cli.signals import StopTogether, requeue
 
 # 20 steps per epoch
 SHORT = {"max_epochs: 30": "max_epochs: 3", "warmup_steps: 40": "warmup_steps: 10", "every_n_epochs: 5": ""}
@@ -159,3 +159,12 @@ def test_a_job_that_cannot_be_queued_again_says_what_to_do(nrml, told, slurm, mo
     (slurm.parent / "tools/scontrol").unlink()
     monkeypatch.setenv("PATH", str(slurm.parent / "tools"))
     assert "could not be queued again" in nrml(*FIT)[2]
+
+
+def test_one_task_queues_the_job_again_for_all(slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert requeue() == "the time of job 78 ends; stopped."
+    assert not slurm.exists()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert "queued again" in requeue()
+    assert slurm.read_text() == "requeue 78\n"
