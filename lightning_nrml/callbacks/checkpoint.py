@@ -130,6 +130,7 @@ class LastCheckpoint(_RunCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if this epoch counts; what was trained after that would be lost if no epoch follows."""
+        self._last_global_step_saved = 0  # what was written within the last step is not the epoch's end
         super().on_train_epoch_end(trainer, pl_module)
         if is_final(trainer):
             self.save(trainer)

@@ -6,13 +6,11 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import pickle
 import re
 import signal
 import sys
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -31,6 +29,7 @@ from lightning_nrml.callbacks.predictions import PredictionWriter
 from lightning_nrml.callbacks.progress import NRMLProgressBar
 from lightning_nrml.callbacks.run_card import RunCard
 from lightning_nrml.callbacks.summary import FitSummary
+from lightning_nrml.cli.checkpoint_file import check_checkpoint, saved_by_run
 from lightning_nrml.cli.errors import UserError
 from lightning_nrml.cli.explain import explain, raised_by, user_error
 from lightning_nrml.cli.loggers import RunCSVLogger
@@ -161,7 +160,10 @@ class NRMLCLI(LightningCLI):
     def _of_restarted_job(self) -> str | None:
         """``last`` if SLURM runs this job once more, and what lies in the run folder was written by it."""
         job, last = restarted_job(), self.run_folder / CHECKPOINTS / "last.ckpt"
-        if job is None or not last.is_file() or saved_by_run(str(last)).get("slurm_job") != job:
+        if job is None or not last.is_file():
+            return None
+        check_checkpoint(str(last))
+        if saved_by_run(str(last), self._section().get("weights_only")).get("slurm_job") != job:
             return None
         rank_zero_info(f"SLURM has started job {job} again: it goes on from {last}.")
         return "last"
@@ -199,7 +201,8 @@ class NRMLCLI(LightningCLI):
                 self._follow(init, "save_dir", str(self.run_folder), self._roots, unset=".")
                 self._follow(init, "name", self.run_folder.name, [root.name for root in self._roots])
                 if command == "fit" and self._ckpt_path:
-                    self._follow(init, "id", saved_by_run(self._ckpt_path).get("wandb_id"))
+                    kept = saved_by_run(self._ckpt_path, config.get("weights_only"))
+                    self._follow(init, "id", kept.get("wandb_id"))
 
     def _follow(
         self,
@@ -286,44 +289,6 @@ def default_of(cls: type, name: str) -> Any:
     """The default of an argument of ``cls``, which a parent may have that gets it by ``**kwargs``."""
     own = (inspect.signature(base.__init__).parameters.get(name) for base in cls.__mro__)  # type: ignore[misc]
     return next((parameter.default for parameter in own if parameter is not None), None)
-
-
-def check_checkpoint(ckpt_path: str) -> None:
-    """See that a local file is a whole checkpoint, before minutes go into building data and model.
-
-    Raises:
-        UserError: it is not; says what it is instead.
-    """
-    import torch
-
-    path = Path(ckpt_path)
-    if "://" in ckpt_path:
-        return
-    if not path.is_file():
-        raise UserError(f"--ckpt_path {path} is a folder; name a checkpoint file in it, such as last.ckpt.")
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"--ckpt_path {path} is no whole checkpoint: it is incomplete or another kind of file; "
-            "give another one (best.ckpt or last.ckpt of the run)."
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):  # holds more than tensors: Lightning decides
-        return
-    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
-        raise UserError(
-            f"--ckpt_path {path} holds no Lightning checkpoint; if these are bare weights, start from them "
-            "with --model.init_weights."
-        )
-
-
-def saved_by_run(ckpt_path: str) -> Mapping[str, Any]:
-    """What :class:`RunConfig` kept in a checkpoint: W&B run id and SLURM job."""
-    import torch
-
-    content = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    state: Mapping[str, Any] = content.get("callbacks", {}).get(RunConfig.__qualname__, {})
-    return state
 
 
 #: their classes may be named in YAML without a path

@@ -79,7 +79,9 @@ def _nothing() -> None:
 
 def requeue() -> str:
     """Ask SLURM to queue this job again; returns a sentence about it."""
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job, array = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:  # one task's own id may be that of the whole array
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return f"the time of job {job} ends; stopped."
     command = ["scontrol", "requeue", job]

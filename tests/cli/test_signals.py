@@ -104,6 +104,15 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(nrml, told, whole, s
     assert_same(load(LAST), whole)
 
 
+def test_told_at_the_very_last_step_the_run_ends_as_any_other(nrml, told, whole):
+    told(60, signal.SIGTERM)
+    assert nrml(*FIT)[0] == 0
+    got = load(LAST)
+    assert_same(got, whole)
+    for part in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
+        assert got["loops"]["fit_loop"][part] == whole["loops"]["fit_loop"][part], part
+
+
 def test_without_a_last_checkpoint_the_run_stops_all_the_same(nrml, told, folder):
     told(3, signal.SIGTERM)
     assert nrml(*FIT, "--checkpoint_last.every_n_epochs=0")[0] == 143
@@ -167,4 +176,16 @@ def test_one_task_queues_the_job_again_for_all(slurm, monkeypatch):
     assert not slurm.exists()
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert "queued again" in requeue()
-    assert slurm.read_text() == "requeue 78\n"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "78")  # as for one task of each array
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert "queued again" in requeue()
+    assert slurm.read_text() == "requeue 78\nrequeue 78_3\n"
+
+
+def test_a_restarted_job_names_a_checkpoint_that_is_cut_off(nrml, slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    LAST.parent.mkdir(parents=True)
+    LAST.write_bytes(b"half")
+    code, _, err = nrml(*FIT)
+    assert code == 2
+    assert "last.ckpt is no whole checkpoint" in err
