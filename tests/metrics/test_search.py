@@ -152,3 +152,20 @@ def test_cuda_equals_cpu(k):
     )
     assert torch.equal(got[0].cpu(), want[0])
     assert torch.equal(got[1].cpu(), want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_rows_are_normalised_in_a_new_tensor_and_a_zero_row_stays_zero(dtype):
+    x = torch.randn(7, 5).to(dtype)
+    x[3] = 0
+    before = x.clone()
+    rows = search.prepare_rows(x)
+    exact = x if dtype == torch.float64 else x.float()
+    assert torch.equal(rows, F.normalize(exact, dim=1))
+    assert rows.dtype == exact.dtype
+    assert rows.T.is_contiguous()  # the layout that products with a gallery want
+    rows.mul_(2)
+    assert torch.equal(x, before)
+    value, index = topk_search(x, x, 2, exclude=torch.arange(7))
+    assert value[3].tolist() == [0, 0]
+    assert index[3].tolist() == [0, 1]  # equally far from all: the first rows
