@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_loop import Loop
 from runner import (
     REPO,
     Job,
@@ -37,7 +38,7 @@ from runner import (
     write_csv,
     write_json,
 )
-from ssl_peer_nets import PEERS, Loop, Ours, SimCLRPeer
+from ssl_peer_nets import PEERS, Ours, SimCLRPeer
 from ssl_table import COLUMNS, METHODS, commands, measured, prepare, settings
 
 from lightning_nrml.cli.app import NRMLCLI
@@ -87,13 +88,14 @@ def step_time(args: argparse.Namespace, rounds: int = 40) -> None:
     for build in (Ours, SimCLRPeer):
         cli = NRMLCLI(fit[1:], run=False)
         loops.append(Loop(cli.datamodule, cli.model, build(cli.model), 12))
-    images = loops[0].batches(0)
+    batches = loops[0].batches(0)
     seconds: list[list[float]] = [[], []]
     for i in range(rounds + 3):
-        views = loops[0].views(images[i % len(images)], 0, i)
+        batch = batches[i % len(batches)]
+        views = loops[0].views(batch, 0, i)
         for which in (0, 1) if i % 2 else (1, 0):
             start = time.process_time()
-            loops[which].step(views, 0)
+            loops[which].step(batch, views, 0)
             seconds[which].append(time.process_time() - start)
     ours, peer = (statistics.median(times[3:]) for times in seconds)
     ratio = statistics.median(a / b for a, b in zip(seconds[0][3:], seconds[1][3:], strict=True))

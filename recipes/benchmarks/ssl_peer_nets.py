@@ -1,14 +1,13 @@
-"""SimCLR, MoCo-v2, BYOL and SwAV built of lightly's parts, and the plain training loop around them.
+"""SimCLR, MoCo-v2, BYOL and SwAV built of lightly's parts.
 
 Heads, losses, prototypes, memory banks and moving averages are lightly's, put together as in its examples;
 sizes, temperatures and schedules are those of the module of ours that a recipe builds. ``ssl_peer.py`` trains
-them beside ours.
+them in the plain loop of ``peer_loop.py``, beside ours.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrml.data import NRMLDataModule
-from lightning_nrml.data.views import ViewKey
 from lightning_nrml.models import cosine_tau
 from lightning_nrml.modules import BYOL, MoCo, SimCLR, SwAV
 from lightning_nrml.modules.self_supervised import SelfSupervised, TaughtModule
-from lightning_nrml.optim import create_optimizer, create_schedule
 
 
 class Peer(nn.Module):
@@ -47,7 +43,7 @@ class Peer(nn.Module):
         self.backbone = copy.deepcopy(ours.backbone)
         self.width = ours.num_features
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """The loss of one batch: ``views`` each ``(B, C, h, w)``, the ``step``-th of ``steps`` of the run."""
         raise NotImplementedError
 
@@ -63,7 +59,7 @@ class SimCLRPeer(Peer):
         )
         self.criterion = NTXentLoss(self.ours["temperature"])
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """Both views contrasted with the batch."""
         z0, z1 = (self.projection_head(self.backbone(view)) for view in views)
         return self.criterion(z0, z1)
@@ -107,7 +103,7 @@ class MoCoPeer(TaughtPeer):
         self.criterion = NTXentLoss(self.ours["temperature"], memory_bank_size=(self.ours["queue_size"], dim))
         self.copy_for_momentum()
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """Query of the first view, key of the second."""
         self.move(step, steps)
         query = self.projection_head(self.backbone(views[0]))
@@ -125,7 +121,7 @@ class BYOLPeer(TaughtPeer):
         self.criterion = NegativeCosineSimilarity()
         self.copy_for_momentum()
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """Four times lightly's mean, the paper's scale: Adam's weight decay then weighs the same."""
         self.move(step, steps)
         p0, p1 = (self.prediction_head(self.projection_head(self.backbone(view))) for view in views)
@@ -152,7 +148,7 @@ class SwAVPeer(Peer):
         """Unit projections of every crop, a pass each."""
         return [F.normalize(self.projection_head(self.backbone(view)), dim=1) for view in views]
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """Codes of the large crops, made with their queues once these are full."""
         self.prototypes.normalize()
         z = self.project(views)
@@ -182,7 +178,7 @@ class Ours(nn.Module):
         assert not isinstance(ours, TaughtModule), "the teacher is moved by the trainer"
         self.module, self.backbone = ours, ours.backbone
 
-    def loss(self, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
+    def loss(self, batch: Any, views: list[Tensor], epoch: int, step: int, steps: int) -> Tensor:
         """Our step's loss without any filter."""
         rows = torch.arange(len(views[0]))
         out = self.module.step({"image": views[0], "views": views, "label": rows, "index": rows})
@@ -190,48 +186,3 @@ class Ours(nn.Module):
         loss = out.loss_fn(None)
         assert isinstance(loss, Tensor)
         return loss
-
-
-class Loop:
-    """The plain training loop around a peer: batches, views, optimiser and schedule are the recipe's."""
-
-    def __init__(self, data: NRMLDataModule, ours: SelfSupervised, net: Any, epochs: int) -> None:
-        self.data, self.net = data, net.train()
-        self.dtype = next(net.parameters()).dtype
-        self.layout = torch.channels_last if ours.channels_last else torch.preserve_format
-        if ours.channels_last:
-            net.to(memory_format=torch.channels_last)
-        self.loader = self.data.train_dataloader()
-        self.epochs, self.steps, self.done = epochs, epochs * len(self.loader), 0
-        self.optimizer = create_optimizer(ours.optimizer_config, net)
-        self.schedule = create_schedule(ours.schedule_config, self.optimizer, self.steps)
-
-    def batches(self, epoch: int) -> list[Tensor]:
-        """The images of an epoch, not yet augmented, in the order of a run of ours."""
-        self.data.train_sampler.set_epoch(epoch)
-        return [batch["image"] for batch in self.loader]
-
-    def views(self, image: Tensor, epoch: int, batch: int) -> list[Tensor]:
-        """The views of a batch, with the random numbers of a run of ours."""
-        view = self.data._view("train", image.device)
-        made = view(image, ViewKey(self.data.seed, epoch, batch))
-        return [v.to(dtype=self.dtype, memory_format=self.layout) for v in made]
-
-    def step(self, views: list[Tensor], epoch: int) -> float:
-        """One optimiser step; returns the loss."""
-        loss = self.net.loss(views, epoch, self.done, self.steps).sum()  # lightly's SwaVLoss gives (1,)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {self.done}")
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.done += 1
-        return float(loss.detach())
-
-    def run(self) -> None:
-        """All epochs."""
-        for epoch in range(self.epochs):
-            images = enumerate(self.batches(epoch))
-            losses = [self.step(self.views(image, epoch, i), epoch) for i, image in images]
-            print(f"epoch {epoch} loss {statistics.fmean(losses):.4f}", flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import trainer
+from peer_loop import Loop
 from runner import run_missing
 from ssl_runs import digits, module
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def test_runs_of_equal_parts_end_with_equal_weights(name: str, tmp_path: Path) -
     make_equal(ours, peer)
     start = [p.detach().clone() for p in ours.backbone.parameters()]
     data = digits(METHODS[name])
-    nets.Loop(data, ours, peer, 3).run()
+    Loop(data, ours, peer, 3).run()
     trainer(tmp_path, 3, limit_val_batches=0).fit(ours, digits(METHODS[name]))
     for one, two, before in zip(ours.backbone.parameters(), peer.backbone.parameters(), start, strict=True):
         assert (one - before).abs().max() > 1e-3
@@ -89,7 +90,7 @@ def test_runs_of_equal_parts_end_with_equal_weights(name: str, tmp_path: Path) -
 
 def test_the_loop_given_our_simclr_is_our_trainer(tmp_path: Path) -> None:
     one, two = module("SimCLR"), module("SimCLR")
-    nets.Loop(digits("SimCLR"), one, nets.Ours(one), 2).run()
+    Loop(digits("SimCLR"), one, nets.Ours(one), 2).run()
     trainer(tmp_path, 2, limit_val_batches=0).fit(two, digits("SimCLR"))
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(p, q)
