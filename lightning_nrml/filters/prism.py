@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, normalize
 
 from lightning_nrml.filters.base import NoiseFilter
+from lightning_nrml.filters.rank_rule import lowest, quantile, rank_rule
 from lightning_nrml.filters.vmf import concentration, log_normalizer
 from lightning_nrml.memory import CenterMemory
 from lightning_nrml.precision import exact_products
@@ -129,7 +130,7 @@ class PRISM(NoiseFilter, CenterMemory):
         self.shared_kappa = shared_kappa
         self.register_buffer("window_values", torch.full((window,), torch.nan, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._last: tuple[FilterContext, Tensor, Tensor] | None = None
+        self._last: list[Any] = []  # what ``select`` made of the last batch: context, unit rows, which finite
 
     # -- scores -------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class PRISM(NoiseFilter, CenterMemory):
     def score(self, ctx: FilterContext) -> Tensor:
         """``(B,)`` float32 ``log P_clean``; NaN where the class has no centre or the row is not finite."""
         rows, _, known = self._unit_rows(ctx)
-        return self._log_prob(self._class_scores(rows), known, ctx.label).float()
+        return self._log_prob(self._class_scores(rows), ctx.label).masked_fill_(~known, torch.nan).float()
 
     @torch.no_grad()
     def suggest(self, ctx: FilterContext) -> Tensor:
@@ -166,9 +167,12 @@ class PRISM(NoiseFilter, CenterMemory):
 
     def _class_scores(self, rows: Tensor) -> Tensor:
         """Log-scores ``s`` ``(B, C)``, -inf for classes without a centre; float64 for ``"vmf"``."""
-        bias = torch.where(self.filled, 0.0, -torch.inf)
+        avg, filled = self.similarity != "vmf", self.filled
         with exact_products(rows.device.type):
-            if self.similarity != "vmf":
+            if avg and filled.is_cpu and filled.all():  # the usual case; only the CPU may look
+                return rows @ self.centers.T
+            bias = torch.where(filled, 0.0, -torch.inf)
+            if avg:
                 return torch.addmm(bias, rows, self.centers.T)
             product = rows @ self.centers.T
         rbar = torch.linalg.vector_norm(self.centers, dim=1, dtype=torch.float64)
@@ -185,8 +189,8 @@ class PRISM(NoiseFilter, CenterMemory):
         """``(B,)`` class of the highest score, -1 where there is none."""
         return _argmax(scores).masked_fill_(~(finite & self.filled.any()), -1)
 
-    def _log_prob(self, scores: Tensor, known: Tensor, label: Tensor) -> Tensor:
-        """``log P_clean`` ``(B,)``, NaN where not ``known``, of the type of ``scores``, which it uses up."""
+    def _log_prob(self, scores: Tensor, label: Tensor) -> Tensor:
+        """``log P_clean`` ``(B,)`` of the type of ``scores``, which it uses up; void for unknown rows."""
         column = label.unsqueeze(1)
         given = scores.gather(1, column).squeeze(1)
         if self.similarity != "vmf":
@@ -194,15 +198,13 @@ class PRISM(NoiseFilter, CenterMemory):
             if self.count_empty_classes:
                 total += self.num_classes - self.filled.sum()
             # with two classes or more log P is below -0.12: hardshrink only makes a single class's 0 exact
-            log_prob = hardshrink(given - total.log_(), 1e-3)
-        else:
-            # log-odds against all other classes first: 1 - P may be far below the float64 epsilon
-            others = scores.scatter_(1, column, -torch.inf).logsumexp(dim=1)
-            if self.count_empty_classes:
-                uniform = log_normalizer(others.new_zeros(()), self.embedding_dim)
-                others = others.logaddexp(uniform + (self.num_classes - self.filled.sum()).double().log())
-            log_prob = -torch.logaddexp(others - given, torch.zeros_like(given))
-        return torch.where(known, log_prob, torch.nan)
+            return hardshrink(given - total.log_(), 1e-3)
+        # log-odds against all other classes first: 1 - P may be far below the float64 epsilon
+        others = scores.scatter_(1, column, -torch.inf).logsumexp(dim=1)
+        if self.count_empty_classes:
+            uniform = log_normalizer(others.new_zeros(()), self.embedding_dim)
+            others = others.logaddexp(uniform + (self.num_classes - self.filled.sum()).double().log())
+        return -torch.logaddexp(others - given, torch.zeros_like(given))
 
     # -- decisions ----------------------------------------------------------------------------------
 
@@ -217,30 +219,25 @@ class PRISM(NoiseFilter, CenterMemory):
             ``log Q``, and ``fallback``, whether the plain TRM rule was used, both 0-d.
         """
         rows, finite, known = self._unit_rows(ctx)
-        self._last = (ctx, rows, finite)
+        self._last[:] = ctx, rows, finite
         scores = self._class_scores(rows)
-        suggested = self._suggestion(scores, finite)
-        log_prob = self._log_prob(scores, known, ctx.label)
-        remove, quantile = self._quantile(log_prob, known)
-        if self.warmup_steps:
-            quantile = quantile.masked_fill(self.steps < self.warmup_steps, torch.nan)
-        self._push(quantile)
-        threshold = self._window_threshold(quantile)
-        # NaN compares false on either side: without a threshold or an opinion nothing is dropped
-        drop = log_prob <= threshold
-        fallback = (quantile <= 0) & ~(log_prob > threshold).any()
-        if not (fallback.is_cpu and not fallback):  # only the CPU may look; a GPU would have to wait
-            drop = torch.where(fallback, self._lowest(log_prob, ctx.index, remove), drop)
-            threshold = torch.where(fallback, quantile, threshold)
-            self.window_values[:-1].masked_fill_(fallback, torch.nan)
+        plain = known.is_cpu and bool(known.all())  # the usual case needs no masks; only the CPU may look
+        suggested = _argmax(scores) if plain else self._suggestion(scores, finite)
+        log_prob = self._log_prob(scores, ctx.label)
+        if not plain:
+            log_prob.masked_fill_(~known, torch.nan)
+        active = self.steps >= self.warmup_steps if self.warmup_steps else None
+        decided = rank_rule(
+            log_prob, ctx.index, self.window_values, self.noise_rate, self.similarity == "vmf", active
+        )
         stats = {
             "unknown": finite ^ known,
             "nonfinite": ~finite,
             "suggested": suggested,
-            "quantile": quantile.float(),
-            "fallback": fallback,
+            "quantile": decided.quantile.float(),
+            "fallback": decided.fallback,
         }
-        return Selection((finite & ~drop).float(), log_prob.float(), threshold.float(), stats)
+        return Selection((finite & ~decided.drop).float(), log_prob.float(), decided.threshold.float(), stats)
 
     @torch.no_grad()
     def select_scores(self, score: Tensor) -> Selection:
@@ -253,52 +250,18 @@ class PRISM(NoiseFilter, CenterMemory):
         unknown = score.isnan()
         if int(self.steps) < self.warmup_steps:
             return replace(Selection.keep_all(score), score=score.float(), stats={"unknown": unknown})
-        remove, quantile = self._quantile(score, ~unknown)
-        drop = self._lowest(score, torch.arange(len(score), device=score.device), remove)
-        return Selection((~drop).float(), score.float(), quantile.float(), {"unknown": unknown})
-
-    def _quantile(self, log_prob: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """``r = int(R n)`` and ``log Q``, the ``r``-th smallest (NaN if ``r = 0``), both 0-d."""
-        # a float64 product, truncated: the same integer as Python's int(R * n)
-        remove = (known.sum(dtype=torch.float64) * self.noise_rate).long()
-        # sort puts NaN last; the NaN in front serves r = 0
-        padded = torch.cat([log_prob.new_full((1,), torch.nan), log_prob.sort().values])
-        return remove, padded.take(remove)
-
-    def _lowest(self, log_prob: Tensor, index: Tensor, remove: Tensor) -> Tensor:
-        """Mask ``(B,)`` of the ``r`` lowest, ties by dataset index; never a row of ``P_clean = 1``."""
-        by_index = index.argsort(stable=True)
-        ordered, within = log_prob[by_index].sort(stable=True)
-        place = torch.arange(len(index), device=index.device)
-        lowest = (place < remove) & (ordered < 0)
-        return torch.empty_like(lowest).index_copy_(0, by_index[within], lowest)
-
-    def _push(self, quantile: Tensor) -> None:
-        """Append ``log Q`` to the window, newest last, unless it is NaN or says ``P_clean = 1``."""
-        window = self.window_values
-        shifted = torch.cat([window[1:], quantile.unsqueeze(0)])
-        torch.where(quantile < 0, shifted, window, out=window)
-
-    def _window_threshold(self, quantile: Tensor) -> Tensor:
-        """The smoothed threshold as ``log P_clean``; NaN (above nothing) if empty or ``quantile`` is NaN."""
-        values = self.window_values
-        if self.similarity == "vmf":
-            ordered = values.sort().values  # NaN last
-            count = values.numel() - values.isnan().sum()
-            place = torch.arange(values.numel(), device=values.device)
-            middle = (place >= count // 4) & (place < count - count // 4)
-            mean = torch.where(middle, ordered, 0.0).sum() / middle.sum()
-            return torch.where(quantile.isnan(), torch.nan, mean)
-        # measured from one of the values, so that equal values (window = 1) come back bit for bit
-        return (values - quantile).exp_().nanmean().log_() + quantile
+        remove, threshold = quantile(score, self.noise_rate)
+        drop = lowest(score, torch.arange(len(score), device=score.device), remove)
+        return Selection((~drop).float(), score.float(), threshold.float(), {"unknown": unknown})
 
     # -- memory -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self, ctx: FilterContext, selection: Selection) -> None:
         """Write the kept, finite rows into the ring, oldest rows first to go, and refresh their centres."""
-        last, self._last = self._last, None  # ``select`` has normalised this very batch already
-        rows, finite = last[1:] if last is not None and last[0] is ctx else self._unit_rows(ctx)[:2]
+        selected = self._last and self._last[0] is ctx  # ``select`` has normalised this very batch already
+        rows, finite = self._last[1:] if selected else self._unit_rows(ctx)[:2]
+        self._last.clear()
         if self.similarity != "proxy":
             self.remember(rows, ctx.label, selection.keep.to(rows.device) & finite)
         self.steps.add_(1)

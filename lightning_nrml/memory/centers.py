@@ -148,31 +148,34 @@ class CenterMemory(ClassSums):
     def remember(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
         """Write the kept ones of unit rows ``(B, D)`` into the ring, oldest rows first to go."""
         keep = keep.to(rows.device)
+        write = self._write_on_host if keep.is_cpu else self._write_on_device
         if len(rows) <= self.memory_size:
-            self._write(rows, label, keep)
+            write(rows, label, keep)
             return
         chunks = (x.split(self.memory_size) for x in (rows, label, keep))
         for part in zip(*chunks, strict=True):
-            self._write(*part)
+            write(*part)
 
-    def _write(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
-        """Ring write of the kept ones of at most ``M`` rows."""
-        kept: Tensor | int
-        if keep.is_cpu:  # the shapes may depend on values
-            order = keep.nonzero().squeeze(1)
-            kept = len(order)
-        else:  # fixed shapes: dropped rows come last and rewrite what is there already
-            order = keep.byte().argsort(stable=True, descending=True)
-            kept = keep.sum()
-        place = torch.arange(len(order), device=order.device)
-        slot = place.add(self.pointer).remainder_(self.memory_size)
+    # Ring writes of the kept ones of at most M rows. Only on the host may shapes depend on values.
+
+    def _write_on_host(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
+        order = keep.nonzero().squeeze(1)
+        start, end = int(self.pointer), int(self.pointer) + len(order)
+        slot = torch.arange(start, end)
+        if end > self.memory_size:
+            slot.remainder_(self.memory_size)
+        self.put(slot, on_grid(rows.index_select(0, order)), label.index_select(0, order))
+        self.pointer.fill_(end % self.memory_size)
+
+    def _write_on_device(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
+        # fixed shapes: dropped rows come last and rewrite what is there already
+        order = keep.byte().argsort(stable=True, descending=True)
+        kept, place = keep.sum(), torch.arange(len(order), device=order.device)
+        slot, fresh = place.add(self.pointer).remainder_(self.memory_size), place < kept
         new = on_grid(rows.index_select(0, order))
-        new_label = label.index_select(0, order)
-        if not keep.is_cpu:
-            fresh = place < kept
-            new = torch.where(fresh.unsqueeze(1), new, self.memory.index_select(0, slot))
-            new_label = torch.where(fresh, new_label, self.memory_label.index_select(0, slot))
-        self.put(slot, new, new_label)
+        new = torch.where(fresh.unsqueeze(1), new, self.memory.index_select(0, slot))
+        old_label = self.memory_label.index_select(0, slot)
+        self.put(slot, new, torch.where(fresh, label.index_select(0, order), old_label))
         self.pointer.add_(kept).remainder_(self.memory_size)
 
 

@@ -80,7 +80,7 @@ def official(clone: Path, file: str, name: str) -> Any:
     source = clone / "ret_benchmark" / file
     spec = importlib.util.spec_from_file_location(f"official_{source.stem}", source)
     if spec is None or spec.loader is None or not source.exists():
-        raise FileNotFoundError(f"{source} does not exist: --official must name a clone of the official code.")
+        raise FileNotFoundError(f"{source} does not exist: --official must be a clone of the official code.")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return getattr(loaded, name)

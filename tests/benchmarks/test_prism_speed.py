@@ -7,8 +7,9 @@ kept in the last batch, each with a mask over the memory, and one over the batch
 with all centres. "XBM + centres" does less than PRISM (no threshold window, no suggestions): it enqueues
 with pytorch-metric-learning's ``CrossBatchMemory.add_to_memory``, makes all centres by one ``index_add_``
 over the memory and takes the softmax. "product alone" is the unavoidable part of all: the cosines to
-all centres and their exponentials. Process CPU time on one thread, all measured in turns of 15 steps, so that
-other work on the machine hits all alike; ratios are of medians.
+all centres and their exponentials. Process CPU time on one thread, all measured in turns, so that other work
+on the machine hits all alike, without the first steps of each turn: those find the caches full of what the
+one before has read, and the reference numbers have each in a process of its own. Ratios are of medians.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.functional import normalize
 from lightning_nrml.filters import PRISM
 from lightning_nrml.types import FilterContext, Selection
 
-BATCH, DIM, STEPS, TURN = 64, 128, 90, 15
+BATCH, DIM, STEPS, TURN, WARM = 64, 128, 240, 60, 10
 
 
 def _cpu_ms(step, *args: Tensor) -> float:
@@ -109,7 +110,7 @@ def test_step_beside_the_official_style(memory_size, num_classes, goal):
     batches = [(normalize(memory[i] + 0.05 * e), label[i], i) for i, e in zip(index, noise, strict=True)]
     for turn in range(0, STEPS, TURN):
         for name, step in steps.items():
-            times[name] += [_cpu_ms(step, *batch) for batch in batches[turn : turn + TURN]]
+            times[name] += [_cpu_ms(step, *batch) for batch in batches[turn : turn + TURN]][WARM:]
     median = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"\nmemory {memory_size}, classes {num_classes}, batch {BATCH}, D {DIM}; goal: {goal}x official style"

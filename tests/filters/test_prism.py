@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from lightning_nrml.filters import PRISM
 from lightning_nrml.filters.prism import _argmax
+from lightning_nrml.filters.rank_rule import _middle_mean
 from lightning_nrml.filters.vmf import concentration, log_normalizer
 from lightning_nrml.types import FilterContext, Selection
 
@@ -193,7 +194,7 @@ def test_threshold_is_the_mean_probability_over_the_window():
 def test_vmf_window_takes_the_mean_of_the_middle_half_so_that_outliers_do_not_rule_it(window, want):
     filter = PRISM(2, 4, window=6, similarity="vmf")
     filter.window_values[-len(window) :] = torch.tensor(window, dtype=torch.float64).flip(0)
-    assert filter._window_threshold(torch.tensor(-1.0)) == want
+    assert _middle_mean(filter.window_values, torch.tensor(-1.0)) == want
 
 
 def test_nothing_above_the_mean_falls_back_and_cuts_the_window():
@@ -550,8 +551,8 @@ def test_vmf_does_not_saturate_in_high_dimensions():
     # no two wrong rows tie; counted in the float64 in which decisions are made, as float32 by itself makes a
     # few pairs of so many values within 300 nats equal
     ctx = context(x, label)
-    rows, _, known = filter.unit_rows(ctx.embedding, ctx.label)
-    exact = filter._log_prob(filter._class_scores(rows), known, ctx.label)
+    rows = filter.unit_rows(ctx.embedding, ctx.label)[0]
+    exact = filter._log_prob(filter._class_scores(rows), ctx.label)
     assert torch.equal(exact.float(), score)
     assert len(exact[wrong].unique()) == int(wrong.sum())
     # a noise rate far too high puts the threshold among rows that only float64 can tell apart
@@ -673,7 +674,7 @@ def test_update_after_select_equals_update_alone_and_lets_the_batch_go():
         ctx = context(3 * x[part], label[part], part)
         selection = one.select(ctx)
         one.update(ctx, selection)
-        assert one._last is None
+        assert not one._last
         other.update(ctx, selection)
     one.select(context(x[:32], label[:32]))
     for filter in (one, other):  # a batch other than the one that was selected
@@ -793,3 +794,45 @@ def test_before_any_proxy_was_seen_there_is_no_opinion_and_a_broken_one_is_no_cl
     assert selection.stats["unknown"].tolist() == [False, True, False]
     with pytest.raises(ValueError, match=r"needs proxies \(2, 3\), one per class, got \(4, 3\)"):
         part.select(proxy_context(torch.eye(3), [0, 1, 0], torch.ones(4, 3)))
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is not one: code for devices runs, with values to compare."""
+
+    is_cpu = property(lambda self: False)
+
+
+@pytest.mark.parametrize("similarity", ["avg", "vmf"])
+@pytest.mark.parametrize("count_empty", [False, True])
+def test_what_a_gpu_runs_decides_and_remembers_as_the_cpu_does(similarity, count_empty):
+    """From no centres to a ring gone round, with unknown classes, broken rows and the fallback."""
+    x, label, _ = clusters(6, 700, 8, seed=30, rate=0.4)
+    x[::37] = math.nan
+    options = {"similarity": similarity, "count_empty_classes": count_empty, "warmup_steps": 2}
+    host, device = (PRISM(6, 8, 0.4, memory_size=90, window=4, **options) for _ in range(2))
+    for name, value in device._buffers.items():
+        device._buffers[name] = value.as_subclass(OnDevice)
+    seen = set()
+    for step, part in enumerate(torch.arange(700).split(35)):
+        if step < 4:  # classes 4 and 5 come later
+            part = part[label[part] < 4]
+        if step == 15:
+            for filter in (host, device):
+                filter.window_values[1:] = -1e-300
+        ctx = context(x[part], label[part], part)
+        other = FilterContext(*(t.as_subclass(OnDevice) for t in (ctx.embedding, ctx.label, ctx.index)))
+        want, got = host.select(ctx), device.select(other)
+        host.update(ctx, want)
+        device.update(other, got)
+        assert isinstance(got.weight, OnDevice)
+        assert torch.equal(got.weight, want.weight)
+        torch.testing.assert_close(got.score.as_subclass(torch.Tensor), want.score, equal_nan=True)
+        torch.testing.assert_close(got.threshold.as_subclass(torch.Tensor), want.threshold, equal_nan=True)
+        for name in ("unknown", "nonfinite", "suggested", "fallback"):
+            assert torch.equal(got.stats[name], want.stats[name]), name
+            seen |= {name} if want.stats[name].any() else set()
+    assert seen == {"unknown", "nonfinite", "suggested", "fallback"}
+    for name, value in host.state_dict().items():
+        torch.testing.assert_close(
+            device.state_dict()[name].as_subclass(torch.Tensor), value, rtol=1e-12, atol=0, equal_nan=True
+        )
