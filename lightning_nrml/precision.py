@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+_CPU = getattr(torch.backends.mkldnn, "matmul", None)
+_CUDA = getattr(torch.backends.cuda, "matmul", None)
+
 
 def exact_products(device_type: str) -> AbstractContextManager[None]:
     """No autocast, TF32 or bfloat16 passes inside: rounded scores make ties and move thresholds.
@@ -49,7 +52,7 @@ def _setting(device_type: str) -> tuple[Any, str]:
 
     The global function raises once a user has set a backend's own value, so it is the second choice.
     """
-    backend = getattr(torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda, "matmul", None)
+    backend = _CPU if device_type == "cpu" else _CUDA
     value = getattr(backend, "fp32_precision", None)
     return (None, torch.get_float32_matmul_precision()) if value is None else (backend, value)
 

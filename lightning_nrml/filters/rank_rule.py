@@ -106,7 +106,10 @@ def _middle_mean(window: Tensor, own: Tensor) -> Tensor:
 def _on_host(
     log_prob: Tensor, index: Tensor, window: Tensor, noise_rate: float, robust: bool, active: Tensor | None
 ) -> Decision:
-    ordered = sorted(p for p in log_prob.tolist() if p == p)
+    ordered = log_prob.tolist()
+    if math.isnan(sum(ordered)):
+        ordered = [p for p in ordered if p == p]
+    ordered.sort()
     remove = int(len(ordered) * noise_rate)
     own = mean = math.nan
     if remove and (active is None or active):
@@ -118,13 +121,14 @@ def _on_host(
         known = [q for q in values.tolist() if q == q]
         if known:
             mean = _host_mean(known, own, robust)
-    # in the type of the scores, as all comparisons are
-    level, quantile = torch.tensor([mean, own], dtype=log_prob.dtype).unbind()
-    fallback = own <= 0 and not ordered[-1] > float(level)
+    # in the type of the scores, as all comparisons are; scalar_tensor takes a third of tensor's time
+    level = torch.scalar_tensor(mean, dtype=log_prob.dtype)
+    quantile = torch.scalar_tensor(own, dtype=log_prob.dtype)
+    fallback = torch.scalar_tensor(own <= 0 and not ordered[-1] > float(level), dtype=torch.bool)
     if not fallback:
-        return Decision(log_prob <= level, level, quantile, torch.tensor(False))
+        return Decision(log_prob <= level, level, quantile, fallback)
     window[:-1] = torch.nan
-    return Decision(lowest(log_prob, index, remove), quantile, quantile, torch.tensor(True))
+    return Decision(lowest(log_prob, index, remove), quantile, quantile, fallback)
 
 
 def _host_mean(window: list[float], own: float, robust: bool) -> float:
