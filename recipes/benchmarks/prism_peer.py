@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,7 +179,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(out.glob("*/*/*/list*_seed*/done.json")):
         side, setting, method = path.parts[-5:-2]
-        number, seed = (int(part.strip("liste")) for part in path.parent.name.split("_"))
+        number, seed = (int(part) for part in re.findall(r"\d+", path.parent.name))
         done = json.loads(path.read_text(encoding="utf-8"))
         named = {"setting": setting, "method": method, "side": side, "list": number, "seed": seed}
         measured = {key: done["last"].get(key) for key in COLUMNS}
@@ -188,8 +189,8 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
 def table(title: str, rows: list[dict[str, Any]]) -> str:
     """Markdown table of one setting over the runs that both sides have."""
-    lines = [f"**{title}**", "", f"| | side | runs | {' | '.join(COLUMNS.values())} | CPU s |"]
-    lines.append("|---" * (4 + len(COLUMNS)) + "|")
+    lines = [f"**{title}**", "", f"| | side | runs | {' | '.join(COLUMNS.values())} |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for method, said in METHODS.items():
         by = {
             side: {(r["list"], r["seed"]): r for r in rows if (r["method"], r["side"]) == (method, side)}
@@ -200,15 +201,14 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
             continue
         for side, name in SIDES.items():
             cells = [shown([by[side][run][key] for run in both]) for key in COLUMNS]
-            seconds = shown([by[side][run]["cpu_seconds"] for run in both], ".0f").split(" ±")[0]
-            lines.append(f"| {said} | {name} | {len(both)} | {' | '.join(cells)} | {seconds} |")
+            lines.append(f"| {said} | {name} | {len(both)} | {' | '.join(cells)} |")
         gaps = [
             [by["ours"][run][key] - by["official"][run][key] for run in both]
             if by["ours"][both[0]][key] is not None and by["official"][both[0]][key] is not None
             else []
             for key in COLUMNS
         ]
-        lines.append(f"| | ours – official | | {' | '.join(shown(gap, '+.3f') for gap in gaps)} | |")
+        lines.append(f"| | ours – official | | {' | '.join(shown(gap, '+.3f') for gap in gaps)} |")
     return "\n".join(lines) + "\n"
 
 
