@@ -44,7 +44,7 @@ from lightning_nrml.cli.run_folder import (
     with_run,
 )
 from lightning_nrml.cli.save_config import RunConfig
-from lightning_nrml.cli.signals import StopTogether, TimeIsUp, requeue, restarted_job
+from lightning_nrml.cli.signals import Interrupted, StopTogether, TimeIsUp, requeue, restarted_job
 from lightning_nrml.cli.trainer import NRMLTrainer, check_embeds
 
 #: read from the data once it exists, and handed to models that take them
@@ -354,10 +354,11 @@ def run(args: list[str]) -> int:
     except TimeIsUp:
         print(f"nrml: {requeue()}", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except SIGTERMException:  # a SystemExit without a code, which a shell would take for success
+    except SIGTERMException as stop:  # a SystemExit without a code, which a shell would take for success
+        by_hand = isinstance(stop, Interrupted)
         hint = " Go on with the same command and --ckpt_path last." if "fit" in args[:1] else ""
-        print(f"nrml: stopped by SIGTERM.{hint}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        print(f"nrml: stopped by {'Ctrl-C' if by_hand else 'SIGTERM'}.{hint}", file=sys.stderr)
+        return 128 + (signal.SIGINT if by_hand else signal.SIGTERM)
     except SystemExit as stop:  # --help, --print_config, Ctrl-C
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

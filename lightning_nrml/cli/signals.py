@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+import threading
 from typing import Any
 
 import torch
@@ -13,12 +16,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_nrml.callbacks.checkpoint import LastCheckpoint
 
 
+class Interrupted(SIGTERMException):
+    """Someone pressed Ctrl-C."""
+
+
 class TimeIsUp(SIGTERMException):
     """SLURM has said that the job's time ends soon."""
 
 
+#: what a rank can be told, in ascending order: the greatest that any was told counts for all
+NOTHING, INTERRUPT, TERMINATE, REQUEUE = range(4)
+STOPS = {INTERRUPT: Interrupted, TERMINATE: SIGTERMException, REQUEUE: TimeIsUp}
+
+
 class StopTogether(Callback):
-    """Ends a fit after the running step when any rank is told to: SIGTERM, or SLURM's signal to requeue.
+    """Ends a fit after the running step when any rank is told to: by Ctrl-C, SIGTERM, or SLURM near its time.
 
     Lightning acts within its signal handlers. There it broadcasts, beside whichever collective is running, so
     that ranks wait for each other for ever where a scheduler tells every process. And there it writes the
@@ -26,7 +38,8 @@ class StopTogether(Callback):
     together; at SIGTERM it writes none.
 
     At the last step of an epoch the checkpoint is written, but the fit ends one step later: the epoch's
-    validation is not made up for by a resumed run.
+    validation is not made up for by a resumed run. A second Ctrl-C stops at once, as does one before the
+    first step.
 
     Args:
         trainer: its handlers are replaced, and this callback comes after all others.
@@ -34,7 +47,8 @@ class StopTogether(Callback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer: Any = trainer
-        self.told = 0  # 1: stop; 2: stop, and queue the job again
+        self.told = NOTHING
+        self.at_once: Any = None  # what Ctrl-C does outside of training
         connector: Any = trainer._signal_connector
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         connector._sigterm_notifier_fn = self.note
@@ -46,13 +60,41 @@ class StopTogether(Callback):
         """Handler of SIGTERM: no collective; the processes that this one launched are told, too."""
         if not self.told and self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signum)
-        self.told = max(self.told, 1)
+        self.told = max(self.told, TERMINATE)
         # evaluation has no step at which ranks agree
         self.trainer._signal_connector.received_sigterm = self.trainer.state.fn != "fit"
 
     def note_time(self, signum: int, frame: Any) -> None:
         """Handler of SLURM's signal."""
-        self.told = 2
+        self.told = REQUEUE
+
+    def note_interrupt(self, signum: int, frame: Any) -> None:
+        """Handler of Ctrl-C while training."""
+        self.told = max(self.told, INTERRUPT)
+        self.restore()
+        if self.trainer.is_global_zero:
+            said = "stopping after the running step; Ctrl-C again stops at once and saves nothing."
+            print(f"\nnrml: {said}", file=sys.stderr)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over Ctrl-C, unless a debugger or another program's handler has it."""
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self.at_once = signal.signal(signal.SIGINT, self.note_interrupt)
+
+    def restore(self) -> None:
+        """Let Ctrl-C raise again."""
+        if self.at_once is not None:
+            signal.signal(signal.SIGINT, self.at_once)
+            self.at_once = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training is over."""
+        self.restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Training is over, too."""
+        self.restore()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Ask all ranks; save and stop if one was told.
@@ -70,7 +112,7 @@ class StopTogether(Callback):
             if isinstance(callback, LastCheckpoint):
                 callback.save(trainer)
         if not trainer.is_last_batch:
-            raise TimeIsUp if told == 2 else SIGTERMException
+            raise STOPS[told]
 
 
 def _nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -43,6 +44,11 @@ class ResumableLoader(DataLoader[Batch]):
         if epoch is not None:  # Lightning's own count is one ahead when max_steps ended a run within an epoch
             sampler.set_epoch(epoch)
         yield from super().__iter__()
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For loader workers: a terminal sends Ctrl-C to them, too, but the main process decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def resume_after_whole_epochs(trainer: Trainer) -> None:

@@ -104,6 +104,37 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(nrml, told, whole, s
     assert_same(load(LAST), whole)
 
 
+def test_ctrl_c_does_the_same(nrml, told, whole):
+    told(33, signal.SIGINT)
+    code, _, err = nrml(*FIT)
+    assert code == 130
+    assert "stopping after the running step; Ctrl-C again stops at once" in err
+    assert "nrml: stopped by Ctrl-C. Go on with the same command and --ckpt_path last." in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert load(LAST)["global_step"] == 33
+    told(-1, signal.SIGINT)
+    assert nrml(*FIT, "--ckpt_path=last")[0] == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(load(LAST), whole)
+
+
+def test_ctrl_c_twice_stops_at_once_and_once_does_not_hide_sigterm(nrml, told, monkeypatch):
+    real = StopTogether.note_interrupt
+
+    def twice(self, signum, frame):
+        real(self, signum, frame)
+        os.kill(os.getpid(), again)
+
+    monkeypatch.setattr(StopTogether, "note_interrupt", twice)
+    told(3, signal.SIGINT)
+    again = signal.SIGINT
+    assert nrml(*FIT)[0] == 1
+    assert not LAST.exists()
+    again = signal.SIGTERM
+    assert nrml(*FIT)[0] == 143
+    assert load(LAST)["global_step"] == 3
+
+
 def test_told_at_the_very_last_step_the_run_ends_as_any_other(nrml, told, whole):
     told(60, signal.SIGTERM)
     assert nrml(*FIT)[0] == 0
