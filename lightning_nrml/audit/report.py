@@ -30,6 +30,7 @@ Images = Callable[[np.ndarray], np.ndarray]
 
 TEMPLATE = Path(__file__).with_name("report.html")
 _ALL_LABELS, _ALL_PATHS = 1_000_000, 50_000
+_HASHED = 2**18  # rows at a time
 _CLASSES, _PAIRS, _MATRIX, _BINS, _CURVE = 200, 60, 20, 40, 200
 _SIDE, _SMALL = 96, 48
 
@@ -100,7 +101,7 @@ def page_data(
     """What the page's script reads, as plain JSON values."""
     shown = shown_rows(frame, max(rows, gallery))
     thumbs, small = ({}, False) if images is None else _thumbnails(shown_rows(frame, gallery), facts, images)
-    label_by_index = frame.set_index("index")["label"].sort_index()
+    label_by_index = frame[["index", "label"]].set_index("index")["label"].sort_index()
     records = _records(shown, facts, label_by_index)
     curve = _curve(frame)
     labels = label_by_index.to_numpy()
@@ -140,8 +141,10 @@ def _identity(frame: pd.DataFrame, images: Images | None) -> str:
     from pandas.util import hash_pandas_object
 
     columns = [c for c in ("label", "label_name", "path") if c in frame.columns]
-    rows = hash_pandas_object(frame[["index", *columns]].sort_values("index")[columns], index=False)
-    found = hashlib.sha256(rows.to_numpy().tobytes())
+    order, found = np.argsort(frame["index"].to_numpy()), hashlib.sha256()
+    for start in range(0, len(order), _HASHED):
+        some = frame[columns].iloc[order[start : start + _HASHED]]
+        found.update(hash_pandas_object(some, index=False).to_numpy().tobytes())
     if "path" not in columns and images is not None:
         some = np.linspace(0, len(frame) - 1, min(len(frame), 16)).astype(np.int64)
         for pixels in images(some):
@@ -149,19 +152,14 @@ def _identity(frame: pd.DataFrame, images: Images | None) -> str:
     return found.hexdigest()[:12]
 
 
-def _doubtful(frame: pd.DataFrame) -> pd.DataFrame:
-    """Samples whose label is judged at all, in the order of their rank."""
-    return frame[frame["log_p_clean"].notna()]
-
-
 def shown_rows(frame: pd.DataFrame, rows: int) -> pd.DataFrame:
     """The first rows; of multi-label data also what else is suspected of the same samples."""
-    judged = _doubtful(frame)
-    first = judged.head(rows)
-    if "sample" not in judged.columns:
-        return first
-    also = differs(judged) & judged["sample"].isin(first["sample"])
-    return judged[also | judged["rank"].isin(first["rank"])]
+    judged = frame["log_p_clean"].notna().to_numpy()  # no copies of millions of rows
+    chosen = np.zeros(len(frame), dtype=bool)
+    chosen[np.flatnonzero(judged)[:rows]] = True
+    if "sample" in frame.columns:
+        chosen |= judged & (differs(frame) & frame["sample"].isin(frame["sample"][chosen])).to_numpy()
+    return frame[chosen]
 
 
 def _number(value: Any, digits: int = 4) -> float | None:
@@ -280,7 +278,8 @@ def _confusion(frame: pd.DataFrame, matrix: bool) -> dict[str, Any]:
 
 def _histogram(frame: pd.DataFrame, calibrated: bool) -> dict[str, Any]:
     """Counts of P_clean (of the score, if that is no probability), and of really wrong ones in each bin."""
-    judged = _doubtful(frame)
+    columns = [c for c in ("log_p_clean", "label", "clean_label") if c in frame.columns]
+    judged = frame.loc[frame["log_p_clean"].notna(), columns]
     score = judged["log_p_clean"].to_numpy(dtype=np.float64)
     if not len(score):
         return {"count": [], "low": "", "high": "", "wrong": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,8 @@ def audit_ledger(
             raise ValueError(f"ledger '{path}' has no paths, so there are no images to show")
         data.images = lambda rows: pixels([names[i] for i in rows])
     seen = review_marks(options, data)
-    entries = data if samples is None else label_entries(data)
+    # the entries' names, a string for each, are in the table already
+    entries = data if samples is None else label_entries(replace(data, paths=None))
     return _write(folder, frame, entries, options, report, seen, samples)
 
 
