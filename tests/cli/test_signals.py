@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,14 @@ def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "asked"
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background jobs ignore it, and hand that down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def assert_same(got: dict, want: dict) -> None:
     assert got["global_step"] == want["global_step"]
     assert got["state_dict"].keys() == want["state_dict"].keys()
@@ -104,6 +112,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(nrml, told, whole, s
     assert_same(load(LAST), whole)
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_does_the_same(nrml, told, whole):
     told(33, signal.SIGINT)
     code, _, err = nrml(*FIT)
@@ -118,6 +127,7 @@ def test_ctrl_c_does_the_same(nrml, told, whole):
     assert_same(load(LAST), whole)
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_twice_stops_at_once_and_once_does_not_hide_sigterm(nrml, told, monkeypatch):
     real = StopTogether.note_interrupt
 
@@ -133,6 +143,15 @@ def test_ctrl_c_twice_stops_at_once_and_once_does_not_hide_sigterm(nrml, told, m
     again = signal.SIGTERM
     assert nrml(*FIT)[0] == 143
     assert load(LAST)["global_step"] == 3
+
+
+def test_ctrl_c_stays_ignored_in_the_background(nrml, told):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        told(3, signal.SIGINT)
+        assert nrml(*FIT, "--trainer.max_epochs=1")[0] == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_told_at_the_very_last_step_the_run_ends_as_any_other(nrml, told, whole):
