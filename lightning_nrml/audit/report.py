@@ -143,8 +143,8 @@ def _identity(frame: pd.DataFrame, images: Images | None) -> str:
     columns = [c for c in ("label", "label_name", "path") if c in frame.columns]
     order, found = np.argsort(frame["index"].to_numpy()), hashlib.sha256()
     for start in range(0, len(order), _HASHED):
-        some = frame[columns].iloc[order[start : start + _HASHED]]
-        found.update(hash_pandas_object(some, index=False).to_numpy().tobytes())
+        part = frame[columns].iloc[order[start : start + _HASHED]]
+        found.update(hash_pandas_object(part, index=False).to_numpy().tobytes())
     if "path" not in columns and images is not None:
         some = np.linspace(0, len(frame) - 1, min(len(frame), 16)).astype(np.int64)
         for pixels in images(some):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ class StopTogether(Callback):
     together; at SIGTERM it writes none.
 
     At the last step of an epoch the checkpoint is written, but the fit ends one step later: the epoch's
-    validation is not made up for by a resumed run. A second Ctrl-C stops at once, as does one before the
-    first step.
+    validation is not made up for by a resumed run. A second Ctrl-C stops at once, as does one before
+    training starts.
 
     Args:
         trainer: its handlers are replaced, and this callback comes after all others.
@@ -58,7 +59,7 @@ class StopTogether(Callback):
 
     def note(self, signum: int, frame: Any) -> None:
         """Handler of SIGTERM: no collective; the processes that this one launched are told, too."""
-        if not self.told and self.trainer.strategy.launcher is not None:
+        if self.told < TERMINATE and self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signum)
         self.told = max(self.told, TERMINATE)
         # evaluation has no step at which ranks agree
@@ -73,8 +74,10 @@ class StopTogether(Callback):
         self.told = max(self.told, INTERRUPT)
         self.restore()
         if self.trainer.is_global_zero:
-            said = "stopping after the running step; Ctrl-C again stops at once and saves nothing."
-            print(f"\nnrml: {said}", file=sys.stderr)
+            said = "stopping once a step is done; Ctrl-C again stops at once and saves nothing."
+            # it has ended whatever read our output, too; or it came while something else was writing
+            with suppress(OSError, RuntimeError, ValueError):
+                print(f"\nnrml: {said}", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C, unless a debugger or another program's handler has it."""

@@ -18,7 +18,7 @@ from lightning_nrml.data.bad_images import BadImageList
 from lightning_nrml.data.dataset import IndexedDataset, UnlabelledDataset, identity
 from lightning_nrml.data.image_files import found_images
 from lightning_nrml.data.labelled import LabelledData
-from lightning_nrml.data.loader import ResumableLoader, ignore_interrupts, resume_after_whole_epochs
+from lightning_nrml.data.loader import ResumableLoader, resume_after_whole_epochs, start_worker
 from lightning_nrml.data.noise import NoiseConfig
 from lightning_nrml.data.samplers import (
     MPerClassSampler,
@@ -279,6 +279,7 @@ class NRMLDataModule(LabelledData):
         drop_last: bool = False,
         loader_class: Callable[..., DataLoader[Batch]] = DataLoader,
     ) -> DataLoader[Batch]:
+        rank = getattr(self.trainer, "global_rank", 0)
         return loader_class(
             dataset,
             batch_size=batch_size,
@@ -288,7 +289,7 @@ class NRMLDataModule(LabelledData):
             pin_memory=self.pin_memory,
             drop_last=drop_last,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=partial(start_worker, rank=rank),
         )
 
     # ---- views -----------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -46,9 +48,14 @@ class ResumableLoader(DataLoader[Batch]):
         yield from super().__iter__()
 
 
-def ignore_interrupts(worker: int) -> None:
-    """For loader workers: a terminal sends Ctrl-C to them, too, but the main process decides."""
+def start_worker(worker: int, rank: int) -> None:
+    """Begin of a loader worker, which a terminal's Ctrl-C reaches, too: the main process decides about it.
+
+    Lightning, which leaves workers alone that have such a function, would seed them, by rank as well.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if int(os.environ.get("PL_SEED_WORKERS", "0")):
+        pl_worker_init_function(worker, rank)
 
 
 def resume_after_whole_epochs(trainer: Trainer) -> None:

@@ -89,8 +89,9 @@ def _on_device(
 
 def _log_mean(window: Tensor, own: Tensor) -> Tensor:
     """``log`` of the mean of ``Q``; NaN (above nothing) if the window is empty or ``own`` is NaN."""
-    # measured from one of the values, so that equal values (a window of 1) come back bit for bit
-    return (window - own).exp_().nanmean().log_() + own
+    # measured from the highest value, so that equal ones (a window of 1) come back bit for bit
+    top = window.nan_to_num(nan=-torch.inf).amax()
+    return torch.where(own.isnan(), torch.nan, (window - top).exp_().nanmean().log_() + top)
 
 
 def _middle_mean(window: Tensor, own: Tensor) -> Tensor:
@@ -120,20 +121,22 @@ def _on_host(
             values[-1] = own
         known = [q for q in values.tolist() if q == q]
         if known:
-            mean = _host_mean(known, own, robust)
+            mean = _host_mean(known, robust)
     # in the type of the scores, as all comparisons are; scalar_tensor takes a third of tensor's time
-    level = torch.scalar_tensor(mean, dtype=log_prob.dtype)
-    quantile = torch.scalar_tensor(own, dtype=log_prob.dtype)
-    fallback = torch.scalar_tensor(own <= 0 and not ordered[-1] > float(level), dtype=torch.bool)
-    if not fallback:
+    level = torch.scalar_tensor(mean, dtype=log_prob.dtype, device="cpu")
+    quantile = torch.scalar_tensor(own, dtype=log_prob.dtype, device="cpu")
+    none_above = own <= 0 and not ordered[-1] > float(level)
+    fallback = torch.scalar_tensor(none_above, dtype=torch.bool, device="cpu")
+    if not none_above:
         return Decision(log_prob <= level, level, quantile, fallback)
     window[:-1] = torch.nan
     return Decision(lowest(log_prob, index, remove), quantile, quantile, fallback)
 
 
-def _host_mean(window: list[float], own: float, robust: bool) -> float:
+def _host_mean(window: list[float], robust: bool) -> float:
     if not robust:
-        return math.log(sum(math.exp(q - own) for q in window) / len(window)) + own
+        top = max(window)
+        return math.log(sum(math.exp(q - top) for q in window) / len(window)) + top
     outer = len(window) // 4
     middle = sorted(window)[outer : len(window) - outer]
     return sum(middle) / len(middle)

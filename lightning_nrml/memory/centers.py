@@ -161,7 +161,7 @@ class CenterMemory(ClassSums):
     def _write_on_host(self, rows: Tensor, label: Tensor, keep: Tensor) -> None:
         order = keep.nonzero().squeeze(1)
         start, end = int(self.pointer), int(self.pointer) + len(order)
-        slot = torch.arange(start, end)
+        slot = torch.arange(start, end, device="cpu")
         if end > self.memory_size:
             slot.remainder_(self.memory_size)
         self.put(slot, on_grid(rows.index_select(0, order)), label.index_select(0, order))

@@ -6,9 +6,9 @@
 Ours is one ``nrml fit`` of a recipe. The peer is the official loss, filter and memory, loaded from the clone
 (MIT licence; commit 06e7fa2, nothing of it is kept here), in a plain PyTorch loop that takes everything else
 from the same recipe: start weights, batches, views, optimiser and schedule. Both nets are evaluated by the
-same callback. There are three lists of wrong labels, and a seed sets start weights, batches and views: a run
-is named by both. Finished runs are not repeated. Results: ``docs/benchmarks/prism_peer_runs.csv`` and the
-table in ``docs/benchmarks.md`` between its markers.
+same callback. There are three lists of wrong labels, and a seed sets batches, views and, on caltech101, start
+weights (Omniglot's come from a file): a run is named by both. Finished runs are not repeated. Results:
+``docs/benchmarks/prism_peer_runs.csv`` and the table in ``docs/benchmarks.md`` between its markers.
 """
 
 from __future__ import annotations
@@ -56,11 +56,8 @@ COLUMNS = {
 
 
 @contextmanager
-def on_this_device() -> Iterator[None]:
-    """The official code asks for a GPU wherever it makes a tensor; without one it stays on the CPU."""
-    if torch.cuda.is_available():
-        yield
-        return
+def on_the_cpu() -> Iterator[None]:
+    """The official code asks for a GPU wherever it makes a tensor; all runs are on the CPU, as ours are."""
     original = torch.Tensor.cuda
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     try:
@@ -151,7 +148,7 @@ def peer_run(method: str, setting: Setting, fit: list[str], folder: Path, clone:
     if model.init_weights:
         model.start_from(model.init_weights)
     cli.datamodule.setup("fit")
-    with on_this_device():
+    with on_the_cpu():
         net = OfficialMCL(model, clone, method != "none", setting)
         Loop(cli.datamodule, model, net, cli.trainer.max_epochs).run()
     cli.trainer.validate(model, cli.datamodule, verbose=False)
@@ -187,6 +184,10 @@ def collect(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _gap(ours: float | None, peer: float | None) -> float | None:
+    return None if ours is None or peer is None else ours - peer
+
+
 def table(title: str, rows: list[dict[str, Any]]) -> str:
     """Markdown table of one setting over the runs that both sides have."""
     lines = [f"**{title}**", "", f"| | side | runs | {' | '.join(COLUMNS.values())} |"]
@@ -202,12 +203,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
         for side, name in SIDES.items():
             cells = [shown([by[side][run][key] for run in both]) for key in COLUMNS]
             lines.append(f"| {said} | {name} | {len(both)} | {' | '.join(cells)} |")
-        gaps = [
-            [by["ours"][run][key] - by["official"][run][key] for run in both]
-            if by["ours"][both[0]][key] is not None and by["official"][both[0]][key] is not None
-            else []
-            for key in COLUMNS
-        ]
+        gaps = [[_gap(by["ours"][run][key], by["official"][run][key]) for run in both] for key in COLUMNS]
         lines.append(f"| | ours – official | | {' | '.join(shown(gap, '+.3f') for gap in gaps)} |")
     return "\n".join(lines) + "\n"
 

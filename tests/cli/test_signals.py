@@ -117,7 +117,7 @@ def test_ctrl_c_does_the_same(nrml, told, whole):
     told(33, signal.SIGINT)
     code, _, err = nrml(*FIT)
     assert code == 130
-    assert "stopping after the running step; Ctrl-C again stops at once" in err
+    assert "stopping once a step is done; Ctrl-C again stops at once" in err
     assert "nrml: stopped by Ctrl-C. Go on with the same command and --ckpt_path last." in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert load(LAST)["global_step"] == 33
@@ -125,6 +125,27 @@ def test_ctrl_c_does_the_same(nrml, told, whole):
     assert nrml(*FIT, "--ckpt_path=last")[0] == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same(load(LAST), whole)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("error", [BrokenPipeError, RuntimeError("reentrant call")])
+def test_ctrl_c_saves_even_if_nobody_can_be_told(nrml, told, monkeypatch, error):
+    """``nrml fit | tee log``: the same Ctrl-C has ended ``tee``. Or stderr was just being written to."""
+    real = StopTogether.note_interrupt
+
+    class Closed:
+        def write(self, text):
+            raise error
+
+    def note(self, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", Closed())
+            real(self, *args)
+
+    monkeypatch.setattr(StopTogether, "note_interrupt", note)
+    told(3, signal.SIGINT)
+    assert nrml(*FIT)[0] == 130
+    assert load(LAST)["global_step"] == 3
 
 
 @pytest.mark.usefixtures("terminal")

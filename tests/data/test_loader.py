@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+from functools import partial
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
 from lightning_nrml.data import DigitsDataModule
+from lightning_nrml.data.loader import start_worker
 
 
 def test_workers_do_not_mind_ctrl_c() -> None:
@@ -23,3 +31,27 @@ def test_workers_do_not_mind_ctrl_c() -> None:
     assert worker.is_alive()
     each._shutdown_workers()
     assert not worker.is_alive()
+
+
+class Drawing(Dataset[float]):
+    """Random numbers of the generators that users' transforms draw from."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> float:
+        return random.random() + float(np.random.random())  # noqa: NPY002 - as users' code does
+
+
+def draws(rank: int) -> list[float]:
+    torch.manual_seed(5)
+    return list(DataLoader(Drawing(), num_workers=1, worker_init_fn=partial(start_worker, rank=rank)))
+
+
+def test_workers_of_other_ranks_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Lightning sees to, but not for workers that have a function of their own."""
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    assert draws(0) == draws(0)
+    assert set(draws(0)).isdisjoint(draws(1))
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    assert draws(0) == draws(1)

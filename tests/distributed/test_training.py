@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +339,9 @@ def test_processes_that_lightning_launches_equal_one_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
-    """As ``scancel`` and ``timeout`` tell them: neither hangs, the step is saved, the exit code says why."""
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_ranks_that_are_all_told_to_stop_stop_together(number, name, tmp_path):
+    """As ``scancel``, ``timeout`` and terminals do: none hangs, the step is saved, the exit code says why."""
     clean = {
         k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
     }
@@ -351,15 +353,18 @@ def test_ranks_that_are_all_told_to_stop_stop_together(tmp_path):
     run = [*(f"--trainer.{option}" for option in trainer), f"--trainer.default_root_dir={tmp_path}"]
     command = [sys.executable, "-m", "lightning_nrml", "fit", *model, *data, *run]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=heard
+        )
         try:
             last = tmp_path / "checkpoints" / "last.ckpt"
             wait_for(lambda: last.is_file() or process.poll() is not None)
             assert last.is_file()
             first = torch.load(last, weights_only=True)["global_step"]
-            os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(timeout=300) == 128 + signal.SIGTERM
-            wait_for(lambda: (tmp_path / "log").read_text().count("stopped by SIGTERM") == 2)
+            os.killpg(process.pid, number)
+            assert process.wait(timeout=300) == 128 + number
+            wait_for(lambda: (tmp_path / "log").read_text().count(f"stopped by {name}") == 2)
             assert torch.load(last, weights_only=True)["global_step"] > first
         finally:
             with suppress(ProcessLookupError):

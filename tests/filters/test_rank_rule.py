@@ -58,6 +58,28 @@ def test_the_threshold_is_compared_in_the_type_of_the_scores() -> None:
     assert decided.drop.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("robust", [False, True])
+def test_values_far_apart_neither_overflow_nor_vanish(robust: bool) -> None:
+    """As when a window that vMF scores have written goes on with other scores."""
+    window = torch.tensor([NAN, -1.0], dtype=torch.float64)
+    low = both(torch.tensor([-960.0, -950.0, -2.0, -1.5]), torch.arange(4), window, 0.5, robust)
+    assert low.quantile == -950.0
+    assert low.threshold.isfinite()
+    window = torch.tensor([NAN, -900.0], dtype=torch.float64)
+    certain = both(torch.zeros(4), torch.arange(4), window, 0.5, robust)
+    assert certain.threshold == -900.0
+    assert not certain.drop.any()
+
+
+def test_a_default_device_of_another_kind_does_not_matter() -> None:
+    with torch.device("meta"):
+        log_prob, index = torch.tensor([-2.0, -1.0], device="cpu"), torch.arange(2, device="cpu")
+        window = torch.full((3,), NAN, dtype=torch.float64, device="cpu")
+        decided = rank_rule.rank_rule(log_prob, index, window, 0.5)
+    assert decided.drop.tolist() == [True, False]
+    assert decided.threshold == -2.0
+
+
 def test_no_opinions_and_no_rows() -> None:
     for log_prob in (torch.empty(0), torch.full((3,), NAN)):
         window = torch.tensor([NAN, -1.0], dtype=torch.float64)

@@ -107,7 +107,7 @@ def told(rate: float) -> Any:
 def test_with_our_own_losses_the_loop_is_our_trainer(clone: Path, tmp_path: Path) -> None:
     ours, theirs = module(), module()
     trainer(tmp_path, 2, limit_val_batches=0).fit(ours, digits())
-    with prism_peer.on_this_device():
+    with prism_peer.on_the_cpu():
         net = prism_peer.OfficialMCL(theirs, clone, True, told(0.0)).double()
         Loop(digits(), theirs, net, 2).run()
     for one, two, before in zip(ours.parameters(), theirs.parameters(), module().parameters(), strict=True):
@@ -122,7 +122,7 @@ def test_with_our_own_losses_the_loop_is_our_trainer(clone: Path, tmp_path: Path
 
 def test_dropped_rows_enter_neither_memory_nor_batch_loss(clone: Path) -> None:
     theirs = module()
-    with prism_peer.on_this_device():
+    with prism_peer.on_the_cpu():
         net = prism_peer.OfficialMCL(theirs, clone, True, told(0.5)).double()
         Loop(digits(), theirs, net, 1).run()
     assert (net.memory.get()[1] != 3).all()
@@ -131,7 +131,7 @@ def test_dropped_rows_enter_neither_memory_nor_batch_loss(clone: Path) -> None:
 
 def test_without_a_filter_the_memory_is_written_first(clone: Path) -> None:
     theirs = module()
-    with prism_peer.on_this_device():
+    with prism_peer.on_the_cpu():
         net = prism_peer.OfficialMCL(theirs, clone, False, told(0.5)).double()
         data = digits()
         loop = Loop(data, theirs, net, 1)
@@ -144,7 +144,7 @@ def test_without_a_filter_the_memory_is_written_first(clone: Path) -> None:
 
 def test_tensors_go_to_a_gpu_again_outside_of_the_block() -> None:
     original = torch.Tensor.cuda
-    with prism_peer.on_this_device():
+    with prism_peer.on_the_cpu():
         assert torch.zeros(2).cuda().shape == (2,)
     assert torch.Tensor.cuda is original
 
