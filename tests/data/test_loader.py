@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_nrml.data import DigitsDataModule
-from lightning_nrml.data.loader import start_worker
 
 
 def test_workers_do_not_mind_ctrl_c() -> None:
@@ -44,8 +43,13 @@ class Drawing(Dataset[float]):
 
 
 def draws(rank: int) -> list[float]:
+    """Of a worker that begins as those of a data module do in the process of this rank."""
+    data = DigitsDataModule(batch_size=64)
+    data.trainer = SimpleNamespace(global_rank=rank)
+    data.setup("validate")
+    begin = data.val_dataloader().worker_init_fn
     torch.manual_seed(5)
-    return list(DataLoader(Drawing(), num_workers=1, worker_init_fn=partial(start_worker, rank=rank)))
+    return [float(x) for x in DataLoader(Drawing(), num_workers=1, worker_init_fn=begin)]
 
 
 def test_workers_of_other_ranks_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
